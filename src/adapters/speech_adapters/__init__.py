@@ -1,0 +1,1 @@
+"""Speech-to-LLM adapters: CFormer and the convolutional baseline."""

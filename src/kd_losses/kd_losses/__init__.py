@@ -1,0 +1,1 @@
+"""Distillation losses fused with a frozen language-model head."""
