@@ -1,1 +1,29 @@
-"""Partial LoRA for PyTorch: low-rank capacity on chosen positions only, the base model bit-identical elsewhere."""
+"""Partial LoRA for PyTorch: low-rank capacity on chosen positions, the base model elsewhere.
+
+The base model is bit-identical wherever the mask is off, and whenever PLoRA is disabled.
+"""
+
+from plora.checkpoint import (
+    load_plora,
+    load_plora_state_dict,
+    plora_state_dict,
+    save_plora,
+)
+from plora.config import PLoRAConfig
+from plora.decoder import plora_disabled
+from plora.layer import PLoRALinear
+from plora.mask import plora_mask
+from plora.swap import apply_plora, remove_plora
+
+__all__ = [
+    "PLoRAConfig",
+    "PLoRALinear",
+    "apply_plora",
+    "load_plora",
+    "load_plora_state_dict",
+    "plora_disabled",
+    "plora_mask",
+    "plora_state_dict",
+    "remove_plora",
+    "save_plora",
+]

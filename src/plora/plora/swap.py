@@ -1,0 +1,163 @@
+"""Putting PLoRA into a model and taking it out again."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from plora.config import PLoRAConfig, matches
+from plora.decoder import DecoderScope, find_decoder, find_scope
+from plora.layer import PLoRALinear, linear_features
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply_plora(model: Model, config: PLoRAConfig) -> Model:
+    """Wrap the linear layers of `model`'s decoder in `PLoRALinear`, in place.
+
+    The decoder is ``model.get_decoder()`` where the model has that method, else the model itself;
+    layers outside of it, such as the vocabulary head, are never touched. Calls of the whole model
+    and of its decoder see the mask alike.
+
+    Afterwards A and B are the only parameters of `model` that require gradients; what it had before
+    is frozen, and `remove_plora` gives each parameter its former setting back. B is zero, so that
+    the model computes what it did before until it is trained.
+
+    In training mode a forward pass needs `plora_mask` or `plora_disabled` around it; in evaluation
+    mode a pass without either is the base model's.
+
+    Args:
+        model: Any model; with transformers' models, also generation and its caches are covered.
+        config: What to adapt.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: The model has PLoRA or another adapter already, no layer fits the configuration,
+            or a layer to wrap is shared between two places.
+        TypeError: A name in `target_modules` belongs to something that is not a linear layer.
+    """
+    if find_scope(model) is not None:
+        raise ValueError(
+            f"model: {type(model).__name__} has PLoRA already; call remove_plora(model) first"
+        )
+    decoder = find_decoder(model)
+    targets = _targets(model, decoder, config)
+    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    model.requires_grad_(False)
+    for path, base_layer in targets.items():
+        _put(model, path, PLoRALinear(base_layer, config))
+    DecoderScope(config, trainable).attach(decoder)
+    return model
+
+
+def remove_plora(model: Model) -> Model:
+    """Take PLoRA out again, in place: the model is what it was before `apply_plora`.
+
+    Modules, state_dict, values and ``requires_grad`` are restored; A and B are lost, see
+    `save_plora`.
+
+    Args:
+        model: The model given to `apply_plora`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: The model has no PLoRA, or it was applied to another model around or inside it.
+    """
+    decoder, scope = require_scope(model)
+    names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+    if not scope.trainable <= names:
+        raise ValueError(
+            f"model: {type(model).__name__} is not the model that PLoRA was applied to, it has no "
+            f"{min(scope.trainable - names)!r}; pass that model"
+        )
+    for path, layer in plora_layers(model).items():
+        _put(model, path, layer.base_layer)
+    scope.detach(decoder)
+    for name, parameter in model.named_parameters():
+        if name in scope.trainable:
+            parameter.requires_grad_()
+    return model
+
+
+def require_scope(model: nn.Module) -> tuple[nn.Module, DecoderScope]:
+    """The decoder of `model` that has PLoRA, with its scope.
+
+    Raises:
+        ValueError: The model has no PLoRA.
+    """
+    found = find_scope(model)
+    if found is None:
+        raise ValueError(
+            f"model: {type(model).__name__} has no PLoRA; call apply_plora(model, config) first"
+        )
+    return found
+
+
+def plora_layers(model: nn.Module) -> dict[str, PLoRALinear]:
+    """The adapted layers of `model` by path, in the model's order."""
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, PLoRALinear)
+    }
+
+
+def _targets(model: nn.Module, decoder: nn.Module, config: PLoRAConfig) -> dict[str, nn.Module]:
+    inside = {id(module) for module in decoder.modules()}
+    names = None if isinstance(config.target_modules, str) else config.target_modules
+    targets: dict[str, nn.Module] = {}
+    used: set[str] = set()
+    first_path: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in inside or not path:
+            continue
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"model: {path!r} is wrapped by another adapter, {type(module).__name__}; "
+                "merge or unload that one first"
+            )
+        name = matches(path, names) if names is not None else None
+        is_linear = linear_features(module) is not None
+        wanted = is_linear if names is None else name is not None
+        if not wanted or matches(path, config.exclude_modules):
+            continue
+        if not is_linear:
+            raise TypeError(
+                f"target_modules: expected linear layers, but {name!r} matches {path!r}, a "
+                f"{type(module).__name__}; name the linear layers inside it"
+            )
+        if id(module) in first_path:
+            raise ValueError(
+                f"target_modules: {path!r} and {first_path[id(module)]!r} are one and the same "
+                "layer; shared layers are not supported, put both in exclude_modules"
+            )
+        first_path[id(module)] = path
+        targets[path] = module
+        if name is not None:
+            used.add(name)
+    missing = [name for name in names or () if name not in used]
+    if missing or not targets:
+        what = f"{missing[0]!r} matches no layer" if missing else "no linear layer is left to adapt"
+        raise ValueError(
+            f"target_modules: {what} inside the decoder {type(decoder).__name__}; its linear "
+            f"layers are called {_linear_names(decoder)}"
+        )
+    return targets
+
+
+def _linear_names(decoder: nn.Module) -> list[str]:
+    return sorted(
+        {
+            path.rpartition(".")[2]
+            for path, module in decoder.named_modules()
+            if linear_features(module) is not None
+        }
+    )
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
