@@ -1,1 +1,6 @@
-"""Continuous integrate-and-fire (CIF) for PyTorch: exact token counts, batch-invariant fires, closed-form backward."""
+"""Continuous integrate-and-fire (CIF): frames to tokens, exactly and fast."""
+
+from cif.functional import CIFOutput, cif
+from cif.layer import CIF
+
+__all__ = ["CIF", "CIFOutput", "cif"]

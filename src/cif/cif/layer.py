@@ -1,0 +1,160 @@
+"""Continuous integrate-and-fire as a layer.
+
+Shapes: B batch, T frames, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from cif.backends import Backend
+from cif.functional import CIFOutput, cif
+from cif.prefix import Tail
+from cif.validation import check_options
+
+AlphaHead = Literal["last_channel", "conv"]
+
+
+class CIF(nn.Module):
+    """Predict how much of a token each frame carries, integrate, and project.
+
+    With `alpha_head="last_channel"`, alpha is the sigmoid of the last channel and the other D - 1
+    channels are integrated and projected, the layout of arXiv 2405.19041 and of CIF's own paper
+    (arXiv 1905.11235, where a window of frames predicts alpha; here the layers below see to that).
+    With "conv", a convolution over a few frames, a ReLU and one linear unit predict alpha, and all
+    D channels are integrated.
+
+    Args:
+        hidden_size: D, at least 2 for "last_channel".
+        alpha_head: "last_channel" or "conv".
+        threshold: as for `cif.cif`.
+        tail: as for `cif.cif`.
+        tail_threshold: as for `cif.cif`.
+        output_size: width of the output; None for `hidden_size`.
+        kernel_size: frames that the convolution of "conv" sees, odd.
+        backend: as for `cif.cif`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        alpha_head: AlphaHead = "last_channel",
+        threshold: float = 1.0,
+        tail: Tail = "round",
+        tail_threshold: float = 0.5,
+        output_size: int | None = None,
+        kernel_size: int = 3,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if alpha_head not in get_args(AlphaHead):
+            raise ValueError(
+                f"alpha_head: expected one of {', '.join(get_args(AlphaHead))}, got {alpha_head!r}"
+            )
+        least = 2 if alpha_head == "last_channel" else 1
+        if hidden_size < least:
+            raise ValueError(
+                f"hidden_size: expected at least {least} for {alpha_head}, got {hidden_size}"
+            )
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size: expected an odd number of frames, so that the output keeps its "
+                f"length, got {kernel_size}"
+            )
+        if output_size is not None and output_size < 1:
+            raise ValueError(f"output_size: expected at least 1 or None, got {output_size}")
+        check_options(threshold, tail, tail_threshold, None, backend)
+        self.hidden_size = hidden_size
+        self.alpha_head = alpha_head
+        self.threshold = threshold
+        self.tail = tail
+        self.tail_threshold = tail_threshold
+        self.output_size = hidden_size if output_size is None else output_size
+        self.backend = backend
+        integrated = hidden_size - 1 if alpha_head == "last_channel" else hidden_size
+        self.projection = nn.Linear(integrated, self.output_size)
+        if alpha_head == "conv":
+            self.alpha_conv = nn.Conv1d(
+                hidden_size, hidden_size, kernel_size, padding=kernel_size // 2
+            )
+            self.alpha_linear = nn.Linear(hidden_size, 1)
+
+    def extra_repr(self) -> str:
+        """Return the options that are not visible in the submodules."""
+        return (
+            f"{self.hidden_size}, output_size={self.output_size}, alpha_head={self.alpha_head!r}, "
+            f"threshold={self.threshold}, tail={self.tail!r}"
+        )
+
+    def predict_alphas(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Predict the firing weights.
+
+        Args:
+            hidden_states: (B, T, D) float.
+            attention_mask: (B, T) bool or integer, nonzero at real frames.
+
+        Returns:
+            (B, T) float32 in [0, 1] (float64 for float64 input), 0 at masked frames.
+        """
+        frame_mask = None if attention_mask is None else attention_mask.bool()
+        if self.alpha_head == "last_channel":
+            logits = hidden_states[..., -1]
+        else:
+            # Zeros as the convolution itself pads with: what stands in padding does not matter.
+            if frame_mask is not None:
+                hidden_states = torch.where(frame_mask[..., None], hidden_states, 0.0)
+            window = self.alpha_conv(hidden_states.transpose(1, 2)).transpose(1, 2)
+            logits = self.alpha_linear(window.relu()).squeeze(-1)
+        # A sum over many frames needs more than the 8 bits of a bfloat16 sigmoid.
+        alphas = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        return alphas if frame_mask is None else torch.where(frame_mask, alphas, 0.0)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        target_lengths: Tensor | None = None,
+        max_tokens: int | None = None,
+    ) -> CIFOutput:
+        """Turn frames into tokens.
+
+        Args:
+            hidden_states: (B, T, D) float.
+            attention_mask: (B, T) bool or integer, nonzero at real frames.
+            target_lengths: (B,) integer, the tokens to fire in training; None at inference.
+            max_tokens: N, see `cif.cif`.
+
+        Returns:
+            The output of `cif.cif` with `hidden_states` (B, N, output_size), zeros past the row's
+            length, and with `alphas`.
+        """
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states: expected shape (B, T, {self.hidden_size}), "
+                f"got {tuple(hidden_states.shape)}"
+            )
+        alphas = self.predict_alphas(hidden_states, attention_mask)
+        out = cif(
+            hidden_states,
+            alphas,
+            attention_mask=attention_mask,
+            target_lengths=target_lengths,
+            threshold=self.threshold,
+            tail=self.tail,
+            tail_threshold=self.tail_threshold,
+            max_tokens=max_tokens,
+            backend=self.backend,
+        )
+        # Cutting the channel off the N tokens instead of the T frames saves a copy of the frames.
+        integrated = out.hidden_states[..., : self.projection.in_features]
+        hidden = cast(Tensor, self.projection(integrated))
+        hidden = hidden.masked_fill(~out.attention_mask[..., None], 0.0)
+        return out._replace(hidden_states=hidden, alphas=alphas)

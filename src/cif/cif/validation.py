@@ -1,0 +1,89 @@
+"""Checks of what callers pass in; none looks at values on the device.
+
+Shapes: B batch, T frames, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cif.backends import BACKENDS
+from cif.prefix import TAILS
+
+
+def check_tensors(
+    hidden_states: Tensor,
+    alphas: Tensor,
+    attention_mask: Tensor | None,
+    target_lengths: Tensor | None,
+) -> None:
+    """Raise TypeError or ValueError where the tensors given to `cif.cif` do not fit together."""
+    if hidden_states.dim() != 3:
+        raise ValueError(
+            f"hidden_states: expected shape (B, T, D), got {tuple(hidden_states.shape)}; "
+            "unsqueeze(0) makes a batch of one"
+        )
+    for name, tensor in (("hidden_states", hidden_states), ("alphas", alphas)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}; use .float()")
+    frames = tuple(hidden_states.shape[:2])
+    if tuple(alphas.shape) != frames:
+        hint = "; squeeze(-1) drops the last axis" if alphas.dim() == 3 else ""
+        raise ValueError(
+            f"alphas: expected shape (B, T) = {frames} of hidden_states, "
+            f"got {tuple(alphas.shape)}{hint}"
+        )
+    if attention_mask is not None:
+        if attention_mask.is_floating_point() or attention_mask.is_complex():
+            raise TypeError(
+                f"attention_mask: expected bool or integer, nonzero at real frames, "
+                f"got {attention_mask.dtype}; an additive mask becomes one by `mask == 0`"
+            )
+        if tuple(attention_mask.shape) != frames:
+            raise ValueError(
+                f"attention_mask: expected shape (B, T) = {frames} of hidden_states, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+    if target_lengths is not None:
+        if (
+            target_lengths.is_floating_point()
+            or target_lengths.is_complex()
+            or target_lengths.dtype == torch.bool
+        ):
+            raise TypeError(
+                f"target_lengths: expected an integer dtype, got {target_lengths.dtype}; "
+                "use .long()"
+            )
+        if tuple(target_lengths.shape) != frames[:1]:
+            raise ValueError(
+                f"target_lengths: expected shape (B,) = {frames[:1]}, "
+                f"got {tuple(target_lengths.shape)}"
+            )
+    for name, other in (("alphas", alphas), ("attention_mask", attention_mask)):
+        if other is not None and other.device != hidden_states.device:
+            raise ValueError(
+                f"{name}: expected device {hidden_states.device} of hidden_states, "
+                f"got {other.device}; use .to(hidden_states.device)"
+            )
+
+
+def check_options(
+    threshold: float, tail: str, tail_threshold: float, max_tokens: int | None, backend: str
+) -> None:
+    """Raise ValueError where an option of `cif.cif` is out of range."""
+    if not (threshold > 0 and math.isfinite(threshold)):
+        raise ValueError(f"threshold: expected a finite number above 0, got {threshold}")
+    if tail not in TAILS:
+        raise ValueError(f"tail: expected one of {', '.join(TAILS)}, got {tail!r}")
+    if not 0 < tail_threshold <= 1:
+        raise ValueError(
+            f"tail_threshold: expected a part of a token in (0, 1], got {tail_threshold}; "
+            'to fire every rest use tail="keep"'
+        )
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens: expected at least 0 or None, got {max_tokens}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
