@@ -1,0 +1,165 @@
+"""Cross entropy fused with a head.
+
+Letters: B batch, L positions, n rows, H width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from kd_losses.head import LinearHead, chunk_rows, make_head
+from kd_losses.reduction import (
+    Reduction,
+    accumulation_dtype,
+    check_reduction,
+    check_temperature,
+    reduce_loss,
+)
+from kd_losses.selection import check_rows
+
+
+class _FrozenHeadCrossEntropy(torch.autograd.Function):
+    """Cross entropy per row; each row's gradient is computed at once and alone is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        target: Tensor,
+        head: LinearHead,
+        temperature: float,
+        chunk_size: int,
+        with_gradient: bool,
+    ) -> Tensor:
+        losses = rows.new_empty(len(rows), dtype=accumulation_dtype(head.weight.dtype))
+        gradient = torch.empty_like(rows) if with_gradient else None
+        with torch.autocast(rows.device.type, enabled=False):
+            for start in range(0, len(rows), chunk_size):
+                chunk = slice(start, start + chunk_size)
+                index = target[chunk].unsqueeze(-1)
+                log_q = torch.log_softmax(head.logits(rows[chunk], temperature), dim=-1)
+                losses[chunk] = log_q.gather(-1, index).squeeze(-1).neg_()
+                if gradient is not None:
+                    logits_gradient = log_q.exp_()
+                    logits_gradient.scatter_add_(
+                        -1, index, torch.full_like(index, -1, dtype=log_q.dtype)
+                    )
+                    gradient[chunk] = head.pull_back(logits_gradient)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+            ctx.temperature = temperature
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        grad_rows = (gradient * (grad_losses / ctx.temperature).unsqueeze(-1)).to(gradient.dtype)
+        return grad_rows, None, None, None, None, None
+
+
+def _trainable_head_cross_entropy(
+    rows: Tensor, target: Tensor, head: LinearHead, temperature: float, chunk_size: int
+) -> Tensor:
+    def chunk_loss(rows: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(head.logits(rows, temperature), target, reduction="none")
+
+    # the head's gradient needs the logits again: recompute them, a chunk at a time
+    chunks = zip(torch.split(rows, chunk_size), torch.split(target, chunk_size), strict=True)
+    return torch.cat(
+        [checkpoint(chunk_loss, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+    )
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Cross entropy from hidden states, without ever holding the logits of all positions.
+
+    Only rows that have a target reach the head, a chunk at a time; with a frozen head one (n, H)
+    tensor is kept for backward. If the head wants a gradient (weight or bias requires_grad), its
+    logits are recomputed in backward, and the head gets its gradient too.
+
+    Nothing is shifted here: target[t] is what input[t] shall predict. From labels that stand where
+    their tokens stand: ``mask = response_mask(labels)``, then ``input[mask]`` and
+    ``labels.roll(-1, dims=-1)[mask]``.
+
+    Equals: ``F.cross_entropy(F.linear(input, W, b) / T, target)`` over flattened positions, but a
+    zero connected to the graph, not NaN, if no row has a target.
+
+    Args:
+        input: (B, L, H) or (n, H) hidden states, as the head takes them.
+        linear_weight: (V, H) the head, of input's dtype.
+        target: (B, L) or (n,) int64 indices into the vocabulary, or ignore_index.
+        linear_bias: (V,) or None.
+        ignore_index: the target of rows that don't count.
+        temperature: divides the logits.
+        reduction: "mean" over the rows that count, "sum", or "none".
+        num_items: with "mean", divides instead of the number of rows that count: that of the
+            whole global batch under gradient accumulation or data parallelism.
+        vocab_size: use only the first vocab_size entries of the head; the rest is padding.
+        chunk_size: rows per chunk; None: 64 on a CPU, 1,024 elsewhere.
+
+    Returns:
+        A scalar, or a loss of target's shape, 0 where ignored, for reduction "none"; float32 for
+        half-precision input.
+
+    Raises:
+        TypeError: dtypes don't fit.
+        ValueError: shapes don't fit, an option is out of range, or (checked on a CPU only, where it
+            costs no synchronisation) a target isn't in the vocabulary.
+    """
+    check_reduction(reduction, num_items)
+    check_temperature(temperature)
+    check_rows("input", input)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected int64 indices, got {target.dtype}; pass target.long()")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target: expected the leading shape of input {tuple(input.shape[:-1])}, got "
+            f"{tuple(target.shape)}; one index per position"
+        )
+    counts = target != ignore_index
+    rows, index = input[counts], target[counts]
+    head = make_head("linear_weight", linear_weight, linear_bias, rows, vocab_size)
+    _check_targets(index, head.weight.shape[0])
+    rows_per_chunk = chunk_rows(chunk_size, rows.device)
+    if torch.is_grad_enabled() and not head.frozen:
+        losses = _trainable_head_cross_entropy(rows, index, head, temperature, rows_per_chunk)
+    else:
+        losses = _FrozenHeadCrossEntropy.apply(  # type: ignore[no-untyped-call]  # as above
+            rows,
+            index,
+            head,
+            temperature,
+            rows_per_chunk,
+            torch.is_grad_enabled() and rows.requires_grad,
+        )
+    if reduction == "none":
+        return losses.new_zeros(target.shape).masked_scatter(counts, losses)
+    return reduce_loss(losses, reduction, num_items)
+
+
+def _check_targets(index: Tensor, vocabulary: int) -> None:
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    smallest, largest = int(index.min()), int(index.max())
+    if smallest < 0 or largest >= vocabulary:
+        raise ValueError(
+            f"target: expected 0 to {vocabulary - 1} or ignore_index, got {smallest} to {largest}; "
+            "check vocab_size and the tokenizer"
+        )

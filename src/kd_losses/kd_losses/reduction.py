@@ -1,0 +1,67 @@
+"""From per-token losses to the value that is returned.
+
+Letters: n tokens that count.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["none", "mean", "sum"]
+
+
+def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
+    """Raise unless ``reduction`` is known and ``num_items`` fits to it."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}"
+        )
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"num_items: it is the divisor of reduction='mean', got reduction={reduction!r}; "
+            "drop it or use 'mean'"
+        )
+    if isinstance(num_items, Tensor) and num_items.numel() != 1:
+        raise ValueError(
+            f"num_items: expected one number, got a tensor of shape {tuple(num_items.shape)}; "
+            "sum the counts first"
+        )
+
+
+def reduce_loss(losses: Tensor, reduction: Reduction, num_items: float | Tensor | None) -> Tensor:
+    """Reduce per-token losses.
+
+    Args:
+        losses: (n,) floating point.
+        reduction: "none", "sum", or "mean": the sum divided by max(1, n).
+        num_items: divides instead of n. Under gradient accumulation or data parallelism give the
+            count of the whole global batch; the micro-batches' losses then add up to its mean.
+
+    Returns:
+        (n,) for "none", else a scalar. For n = 0 the scalar is a zero that is still connected to
+        the graph, so that backward works and gives zero gradients.
+    """
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    if isinstance(num_items, Tensor):
+        return total / num_items.reshape(()).to(total).clamp(min=1)
+    return total / max(1, losses.numel() if num_items is None else num_items)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax, sums and losses: float32 for half precision, else ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise unless ``temperature`` is a positive finite number."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"temperature: expected a positive finite number, got {temperature}; 1.0 is neutral"
+        )
