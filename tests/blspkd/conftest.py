@@ -1,0 +1,206 @@
+"""Tiny random parts and a tiny corpus, made once a session: no network, a second or two.
+
+`tiny_parts` are folders as `save_pretrained` leaves them: a whole Whisper model (with its decoder)
+and a Llama with a ChatML template. `tiny_corpus` is a manifest of tones and noise. Nothing here
+has learnt anything: tests compare ways of running a model, never what it says.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+torch.set_num_threads(1)
+
+TEXTS = (
+    "the old man went to the sea",
+    "where is my red hat",
+    "she sells shells by the shore",
+    "ten small boats came home at night",
+    "a bird sang in the tall tree",
+    "we eat bread and cheese",
+)
+RESPONSES = (
+    "he found a boat and sailed away",
+    "it is on the chair",
+    "the shells are white",
+    "their lamps were lit",
+    "it sang of spring",
+    "and drink milk",
+)
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyParts:
+    """Where the tiny pretrained parts lie.
+
+    Attributes:
+        encoder: WhisperForConditionalGeneration, feature extractor and tokenizer.
+        language_model: LlamaForCausalLM (tied head) and a tokenizer with a ChatML template.
+    """
+
+    encoder: Path
+    language_model: Path
+
+
+@dataclass(frozen=True)
+class TinyCorpus:
+    """Six clips.
+
+    Attributes:
+        manifest: jsonl with audio, text, id, duration, response, response_finished, translation.
+        texts: the transcripts.
+        responses: the answers.
+        audio: the wav files.
+    """
+
+    manifest: Path
+    texts: tuple[str, ...]
+    responses: tuple[str, ...]
+    audio: tuple[Path, ...]
+
+
+def _bpe(vocab_size: int, special_tokens: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*TEXTS, *RESPONSES], trainer)
+    return tokenizer
+
+
+def _save_language_model(folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_bpe(400, ["<|pad|>", "<|im_start|>", "<|im_end|>"]),
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,  # so that answers differ from clip to clip
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def _save_encoder(folder: Path) -> None:
+    trained = _bpe(300, [])
+    state = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in state["merges"]]
+    tokenizer = WhisperTokenizer(vocab=state["vocab"], merges=merges)
+    names = ["<|startoftranscript|>", "<|en|>", "<|de|>", "<|transcribe|>", "<|translate|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": [*names, "<|notimestamps|>"]})
+    tokenizer.save_pretrained(folder)
+    token = tokenizer.convert_tokens_to_ids
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    torch.manual_seed(1)
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        num_mel_bins=80,
+        d_model=32,
+        encoder_layers=1,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        max_target_positions=64,
+        init_std=0.3,
+        bos_token_id=token("<|endoftext|>"),
+        eos_token_id=token("<|endoftext|>"),
+        pad_token_id=token("<|endoftext|>"),
+        decoder_start_token_id=token("<|startoftranscript|>"),
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        is_multilingual=True,
+        lang_to_id={"<|en|>": token("<|en|>"), "<|de|>": token("<|de|>")},
+        task_to_id={
+            "transcribe": token("<|transcribe|>"),
+            "translate": token("<|translate|>"),
+        },
+        no_timestamps_token_id=token("<|notimestamps|>"),
+        decoder_start_token_id=token("<|startoftranscript|>"),
+        eos_token_id=token("<|endoftext|>"),
+        pad_token_id=token("<|endoftext|>"),
+        max_length=32,
+    )
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> TinyParts:
+    root = tmp_path_factory.mktemp("parts")
+    parts = TinyParts(root / "encoder", root / "language_model")
+    _save_encoder(parts.encoder)
+    _save_language_model(parts.language_model)
+    return parts
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
+    root = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    lines, audio = [], []
+    for index, (text, response) in enumerate(zip(TEXTS, RESPONSES, strict=True)):
+        seconds = 0.6 + 0.15 * index
+        time = np.arange(int(16_000 * seconds)) / 16_000
+        sound = 0.3 * np.sin(2 * np.pi * (200 + 110 * index) * time)
+        sound += 0.05 * random.standard_normal(time.size)
+        path = root / f"clip{index}.wav"
+        soundfile.write(path, sound.astype(np.float32), 16_000)
+        audio.append(path)
+        row = {
+            "audio": path.name,
+            "text": text,
+            "id": f"clip{index}",
+            "duration": time.size / 16_000,
+            "response": response,
+            "response_finished": index % 2 == 0,
+            "translation": " ".join(reversed(text.split())),
+        }
+        lines.append(json.dumps(row))
+    manifest = root / "manifest.jsonl"
+    manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return TinyCorpus(manifest, TEXTS, RESPONSES, tuple(audio))
