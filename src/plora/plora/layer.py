@@ -129,9 +129,9 @@ class PLoRALinear(nn.Module):
             raise ValueError(
                 "PLoRALinear: expected to run inside a forward pass of the decoder it belongs to, "
                 "got a call outside of one, so the mask of the pass is unknown. If this is a "
-                "backward pass, a checkpoint of your own recomputes the layer: use the "
-                "model's own gradient checkpointing (transformers) instead. For the plain base layer, "
-                "use plora_disabled(model)"
+                "backward pass, a checkpoint of your own recomputes the layer: use the model's "
+                "own gradient checkpointing (transformers) instead. For the plain base layer, use "
+                "plora_disabled(model)"
             )
 
 
