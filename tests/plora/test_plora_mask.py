@@ -121,6 +121,20 @@ def test_a_hook_that_raises_before_ours_does_not_unbalance_the_passes(llama, ran
     assert current_activation() is None
 
 
+def test_an_interrupted_pass_is_forgotten_by_the_next_one(llama, randomised, span):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model = randomised(llama)
+    ids = torch.arange(4)[None]
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), plora_mask(span(4, (0, 2))):
+        model(input_ids=ids)
+    handle.remove()
+    assert torch.equal(model(input_ids=ids).logits, llama(input_ids=ids).logits)
+    assert current_activation() is None
+
+
 def test_disabling_one_model_leaves_another_one_on(llama, randomised, span):
     first, second = randomised(llama), randomised(llama)
     ids = torch.arange(4)[None]

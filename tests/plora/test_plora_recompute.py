@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
+import threading
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -90,6 +93,22 @@ def test_two_passes_with_different_masks_before_one_backward(base, embeds, span,
         with plora_mask(span(9, (1, 2), (1, 2))):  # not the mask of either pass
             loss.backward()
         results.append(gradients(model) | {"inputs": inputs.grad})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
+def test_a_backward_pass_on_another_thread(base, embeds, span, randomised, mode):
+    results = []
+    for current in ("none", mode):
+        model = checkpointed(randomised(base), current)
+        with plora_mask(span(9, (2, 5), (4, 7))):
+            loss = model(inputs_embeds=embeds.clone().requires_grad_()).logits.square().sum()
+        # CUDA recomputes on a thread of its own; the CPU does it on the one that calls backward
+        thread = threading.Thread(target=contextvars.Context().run, args=(loss.backward,))
+        thread.start()
+        thread.join()
+        results.append(gradients(model))
+    assert all(grad is not None for grad in results[1].values())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 

@@ -16,11 +16,11 @@ from plora.mask import (
     Activation,
     active_rows,
     ambient_mask,
+    close_pass,
     disabled_modules,
     is_disabled,
-    pop_pass,
-    push_pass,
-    set_pass,
+    open_pass,
+    set_activation,
 )
 from plora.recompute import carry_activations, restore_checkpoints
 
@@ -67,13 +67,13 @@ class DecoderScope:
 
     def _enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Opened before anything can raise, because `_leave` runs in that case too
-        below = push_pass(decoder)
-        set_pass(decoder, _activation(decoder, args, kwargs), below)
+        open_pass(decoder)
+        set_activation(_activation(decoder, args, kwargs))
         if decoder.training and torch.is_grad_enabled():
             carry_activations(decoder)
 
     def _leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        pop_pass(decoder)
+        close_pass(decoder)
 
 
 def find_scope(model: nn.Module) -> tuple[nn.Module, DecoderScope] | None:

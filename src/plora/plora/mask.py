@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -111,20 +111,29 @@ def current_activation() -> Activation | None:
     return None if frame is None else frame.activation
 
 
-def push_pass(owner: object) -> Frame | None:
-    """Open a pass of decoder `owner`, as yet without an activation; returns what was below."""
-    below = _top.get()
+def open_pass(owner: object) -> None:
+    """Begin a pass of decoder `owner`, as yet without an activation.
+
+    Hooks do not run when a pass ends by KeyboardInterrupt. What such a pass left behind, above and
+    including an earlier frame of the same decoder, is dropped here.
+    """
+    below = frame = _top.get()
+    while frame is not None:
+        if frame.owner == id(owner):
+            below = frame.below
+        frame = frame.below
     _top.set(Frame(id(owner), None, below))
-    return below
 
 
-def set_pass(owner: object, activation: Activation, below: Frame | None) -> None:
-    """Give the pass that `push_pass` opened its activation."""
-    _top.set(Frame(id(owner), activation, below))
+def set_activation(activation: Activation) -> None:
+    """Give the pass opened last its activation."""
+    frame = _top.get()
+    assert frame is not None, "set_activation is called between open_pass and close_pass"
+    _top.set(replace(frame, activation=activation))
 
 
-def pop_pass(owner: object) -> None:
-    """Close the pass of `owner`; nothing happens where it was never opened."""
+def close_pass(owner: object) -> None:
+    """End the pass of `owner`; nothing happens where it was never opened."""
     frame = _top.get()
     if frame is not None and frame.owner == id(owner):
         _top.set(frame.below)
@@ -134,7 +143,7 @@ def pop_pass(owner: object) -> None:
 def restored(activation: Activation) -> Iterator[None]:
     """Run the block as part of a pass with `activation`, on whatever thread it is run."""
     below = _top.get()
-    _top.set(Frame(0, activation, below))
+    _top.set(Frame(id(activation), activation, below))
     try:
         yield
     finally:
