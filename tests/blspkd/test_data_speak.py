@@ -1,0 +1,147 @@
+"""recipes/speak.py: clauses, splits without leaks, and a resumable corpus."""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import soundfile
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "speak.py"
+
+
+@pytest.fixture(scope="module")
+def speak():
+    spec = importlib.util.spec_from_file_location("speak_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def texts(speak, sentence):
+    return [text for _, text in speak.split_clauses(sentence)]
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("Although he left, nobody saw him go.", ["although he left", "nobody saw him go"]),
+        ("Indeed, he did not go there.", ["indeed he did not go there"]),
+        ("He went home at once, alone.", ["he went home at once alone"]),
+        ("Mr. J. F. O'Neil isn't here", ["mister j f o'neil isn't here"]),
+        ("a well-known man -- in the town", ["a well known man", "in the town"]),
+        ("he had 16 of them, and they were red", ["and they were red"]),
+        ("met in St Paul, or so they say", ["or so they say"]),
+        ("two words", []),
+        ("they left, on the 5th, by boat", []),  # not "they left by boat": nobody said that
+        ("he said, \u201cit\u2019s the 'best' one\u201d", ["he said it's the best one"]),
+        ("the caf\u00e9 was closed, we went home", ["we went home"]),
+    ],
+)
+def test_clauses(speak, sentence, expected):
+    assert texts(speak, sentence) == expected
+
+
+def test_acronyms_keep_their_case_for_the_synthesiser(speak):
+    assert speak.split_clauses("An agent of the FBI came.") == [
+        ("An agent of the FBI came", "an agent of the fbi came")
+    ]
+
+
+words = st.lists(st.sampled_from(["oh", "don't", "sea", "7", "Mr.", "x-y"]), max_size=40)
+
+
+@settings(deadline=None, max_examples=50)
+@given(words=words, marks=st.lists(st.sampled_from([" ", ", ", "; "]), min_size=40, max_size=40))
+def test_clauses_have_3_to_15_plain_words(speak, words, marks):
+    sentence = "".join(w + m for w, m in zip(words, marks, strict=False))
+    for text in texts(speak, sentence):
+        assert re.fullmatch(r"[a-z']+( [a-z']+){2,14}", text)
+
+
+def plan(speak, **changes):
+    lines = [f"{a} dog saw {b} cat, and {a} cat ran home" for a in NAMES for b in NAMES]
+    options = {
+        "clips": 40,
+        "held_out_sentences": 20,
+        "test_clips": 20,
+        "voice_clips": 5,
+        "voices": ["flite:slt", "flite:rms"],
+        "held_out_voice": "flite:awb",
+        "seed": 3,
+    }
+    return speak.plan_corpus(lines, **{**options, **changes})
+
+
+NAMES = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+
+
+def test_no_clause_of_a_held_out_sentence_is_in_train(speak):
+    splits = plan(speak)
+    assert {name: len(clips) for name, clips in splits.items()} == {
+        "train": 40,
+        "test-sentences": 20,
+        "test-voice": 5,
+    }
+    train = {clip.text for clip in splits["train"]}
+    test = {clip.text for clip in splits["test-sentences"] + splits["test-voice"]}
+    assert len(train) == 40
+    assert not train & test
+    assert {clip.voice for clip in splits["train"]} == {"flite:slt", "flite:rms"}
+    assert {clip.voice for clip in splits["test-voice"]} == {"flite:awb"}
+
+
+def test_the_plan_depends_on_its_arguments_alone_and_grows(speak):
+    assert plan(speak) == plan(speak)
+    assert plan(speak, seed=4)["train"] != plan(speak)["train"]
+    assert plan(speak, clips=44)["train"][:40] == plan(speak)["train"]
+    with pytest.raises(click.UsageError, match="train: 5000 clips wanted, but the text gives"):
+        plan(speak, clips=5000)
+
+
+def test_a_missing_synthesiser_names_its_package(speak, monkeypatch):
+    monkeypatch.setattr(speak.shutil, "which", lambda name: None)
+    with pytest.raises(click.ClickException, match="apt-get install espeak-ng"):
+        speak.check_voices(["espeak-ng:en-us"])
+    with pytest.raises(click.UsageError, match="expected 'flite:NAME'"):
+        speak.check_voices(["festival:kal"])
+
+
+@pytest.mark.skipif(
+    not (shutil.which("flite") and shutil.which("espeak-ng")),
+    reason="needs the programs flite and espeak-ng",
+)
+def test_a_corpus_is_spoken_and_resumed(speak, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "corpus"
+    text.write_text("".join(f"{a} dog ran to the {b} cats\n" for a in NAMES for b in NAMES))
+    sizes = ["--test-clips", "2", "--voice-clips", "2", "--held-out-sentences", "5"]
+    voices = ["--voices", "flite:kal16,espeak-ng:en-us", "--held-out-voice", "espeak-ng:en-gb"]
+    command = [str(text), str(out), "--clips", "2", *sizes, *voices]
+    result = CliRunner().invoke(speak.main, command)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert [row["voice"] for row in rows] == ["flite:kal16", "espeak-ng:en-us"]
+    for row in rows:
+        info = soundfile.info(out / row["audio"])
+        assert (info.samplerate, info.channels, info.format) == (16_000, 1, "FLAC")
+        assert info.duration == pytest.approx(row["duration"], abs=1e-3)
+        assert 0.5 < info.duration < 5
+    first = out / rows[0]["audio"]
+    before = first.stat().st_mtime_ns
+    (out / rows[1]["audio"]).unlink()
+    manifest = (out / "train.jsonl").read_text()
+    assert CliRunner().invoke(speak.main, command).exit_code == 0
+    assert first.stat().st_mtime_ns == before
+    assert (out / rows[1]["audio"]).is_file()
+    assert (out / "train.jsonl").read_text() == manifest
+    wrong = [*command, "--held-out-voice", "flite:kal16"]
+    assert "is also one of --voices" in CliRunner().invoke(speak.main, wrong).output
