@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kd_losses.head import LinearHead, chunk_rows, make_head
+from kd_losses.head import LinearHead, chunk_rows, make_head, scale_row_gradients
 from kd_losses.reduction import (
     Reduction,
     accumulation_dtype,
@@ -55,10 +54,11 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        grad_rows = (gradient * (grad_losses / ctx.temperature).unsqueeze(-1)).to(gradient.dtype)
+        grad_rows = scale_row_gradients(
+            gradient, grad_losses / ctx.temperature, "linear_cross_entropy"
+        )
         return grad_rows, None, None, None, None, None
 
 

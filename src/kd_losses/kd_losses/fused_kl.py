@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from kd_losses.divergences import check_same_vocabulary, forward_kl, forward_kl_from_difference
-from kd_losses.head import LinearHead, chunk_rows, make_head
+from kd_losses.head import LinearHead, chunk_rows, make_head, scale_row_gradients
 from kd_losses.reduction import (
     Reduction,
     accumulation_dtype,
@@ -53,10 +52,9 @@ class _FrozenHeadKL(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        grad_student = (gradient * (grad_losses / ctx.temperature).unsqueeze(-1)).to(gradient.dtype)
+        grad_student = scale_row_gradients(gradient, grad_losses / ctx.temperature, "linear_kl_div")
         return grad_student, None, None, None, None, None, None
 
 

@@ -108,3 +108,17 @@ def chunk_rows(chunk_size: int | None, device: torch.device) -> int:
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 row, got {chunk_size}; None chooses")
     return chunk_size
+
+
+def scale_row_gradients(gradient: Tensor, factors: Tensor, name: str) -> Tensor:
+    """The backward of a fused loss: its rows' gradients (n, H) times the factors (n,).
+
+    Raises:
+        RuntimeError: under create_graph, where a second derivative would silently be missing.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: with a frozen head it can be differentiated once, got create_graph=True; for "
+            "second derivatives apply the head and use a loss on logits"
+        )
+    return (gradient * factors.unsqueeze(-1)).to(gradient.dtype)
