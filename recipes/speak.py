@@ -108,8 +108,8 @@ def split_clauses(sentence: str) -> list[tuple[str, str]]:
     clauses: list[list[str]] = []
     open_clause: list[str] = []
     for words in [*segments, []]:
-        short = min(len(open_clause), len(words)) < MIN_WORDS
-        if words and open_clause and short and len(open_clause) + len(words) <= MAX_WORDS:
+        too_short = min(len(open_clause), len(words)) < MIN_WORDS
+        if words and open_clause and too_short and len(open_clause) + len(words) <= MAX_WORDS:
             open_clause = open_clause + words
             continue
         clauses.append(open_clause)
@@ -239,10 +239,12 @@ def speak(clip: Clip, root: Path) -> float:
 
 def write_split(name: str, clips: Sequence[Clip], root: Path, *, jobs: int) -> None:
     """Speak all clips of a split, then write its manifest in one step."""
-    rows = []
+    rows: list[dict[str, str | float]] = []
+    hours = 0.0
     start = last = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:  # the work is in the synthesiser's processes
         for clip, duration in zip(clips, pool.map(lambda c: speak(c, root), clips), strict=True):
+            hours += duration / 3600
             rows.append(
                 {
                     "audio": clip.path.as_posix(),
@@ -259,7 +261,6 @@ def write_split(name: str, clips: Sequence[Clip], root: Path, *, jobs: int) -> N
     partial = root / f".{name}.jsonl.partial"
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(partial, root / f"{name}.jsonl")
-    hours = sum(row["duration"] for row in rows) / 3600
     click.echo(f"{root / f'{name}.jsonl'}: {len(rows)} clips, {hours:.2f} h")
 
 
