@@ -204,3 +204,32 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
     manifest = root / "manifest.jsonl"
     manifest.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return TinyCorpus(manifest, TEXTS, RESPONSES, tuple(audio))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained speech LLM over `tiny_parts`, with CFormer and PLoRA."""
+    from blspkd.model.configuration import BlspKDConfig
+    from blspkd.model.modeling import BlspKDForConditionalGeneration
+
+    torch.manual_seed(2)
+    config = BlspKDConfig(
+        encoder=str(tiny_parts.encoder),
+        language_model=str(tiny_parts.language_model),
+        adapter={
+            "hidden_size": 32,
+            "num_pre_layers": 1,
+            "num_post_layers": 1,
+            "num_heads": 4,
+            "frame_stacking": 4,
+        },
+        plora={"r": 4, "lora_alpha": 4},
+    )
+    model = BlspKDForConditionalGeneration.from_parts(config)
+    with torch.no_grad():  # PLoRA starts at zero; here it must be able to make a difference
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "language_model" in name:
+                parameter.normal_(std=0.1)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder

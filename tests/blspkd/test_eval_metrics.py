@@ -27,7 +27,7 @@ def test_corpus_wer_weighs_words_not_clips():
 
 def test_normalisation_ignores_how_a_text_is_written():
     assert metrics.word_errors("It's twenty-one, Mr. Brown!", "it is 21 mister brown").errors == 0
-    assert metrics.normalize("Oh no... really") == "oh no really"
+    assert metrics.normalize("No... really") == "no really"
     # German keeps its words: "it's" is only English for "it is"
     assert metrics.normalize("It's, Öl!", "de") == "it s öl"
 

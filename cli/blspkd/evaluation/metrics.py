@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import jiwer
 import numpy as np
@@ -54,10 +55,9 @@ class Gap:
 def _normalizer(english: bool) -> Callable[[str], str]:
     # no table of British and American spellings: it comes with a tokenizer, and what is measured
     # must not depend on which one is at hand
-    # transformers declares no types for these
-    if english:
-        return EnglishTextNormalizer({})  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
-    return BasicTextNormalizer()  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
+    make: Any = EnglishTextNormalizer if english else BasicTextNormalizer  # untyped in transformers
+    normalizer: Callable[[str], str] = make({}) if english else make()
+    return normalizer
 
 
 def normalize(text: str, lang: str | None = None) -> str:
@@ -158,9 +158,11 @@ def ratio_gap(
         return np.asarray(summed[:, 0] / np.maximum(summed[:, 1], 1e-12))
 
     count = len(one)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
-    differences = ratios(one, draws) - ratios(two, draws)
-    low, high = np.percentile(differences, [2.5, 97.5])
+    draws: npt.NDArray[Any] = np.random.default_rng(seed).multinomial(
+        count, np.full(count, 1 / count), resamples
+    )
+    draws = draws.astype(np.float64)
+    low, high = np.percentile(ratios(one, draws) - ratios(two, draws), [2.5, 97.5])
     whole = np.ones((1, count))
     return Gap(float((ratios(one, whole) - ratios(two, whole))[0]), float(low), float(high))
 

@@ -1,0 +1,197 @@
+"""Answers to text, answers to speech, and what the speech tokens stand for: in batches.
+
+Decoding is greedy, and an answer does not depend on its batch.
+Shapes: B batch, N speech tokens, H embedding width, V vocabulary, R new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blspkd.data.manifest import Record
+from blspkd.model.modeling import BlspKDForConditionalGeneration
+from blspkd.model.processing import BlspKDProcessor, Messages
+
+Progress = Callable[[int, int], None]
+"""Called with (clips done, clips in all)."""
+
+
+def greedy_options(processor: BlspKDProcessor) -> dict[str, Any]:
+    """Options of `generate` for the single most likely answer.
+
+    They override what a chat model's own generation config asks for: sampling, and penalties for
+    repeating, which see the prompt's text but not the speech in its place.
+    """
+    return {
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "pad_token_id": processor.tokenizer.pad_token_id,
+    }
+
+
+def answer_from_text(
+    model: BlspKDForConditionalGeneration,
+    processor: BlspKDProcessor,
+    transcripts: Sequence[str],
+    messages: Sequence[Messages],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Let the untouched language model answer transcripts.
+
+    Args:
+        model: The speech LLM; its PLoRA is off.
+        processor: The model's.
+        transcripts: What stands in place of the speech: true, or a recogniser's.
+        messages: The chat around each, with `{speech}` in one turn.
+        max_new_tokens: How long an answer may be.
+        batch_size: How many are answered at a time.
+        progress: Told how far it is.
+    """
+    _check_counts(transcripts, messages)
+    answers: list[str] = []
+    device = model.embedding_weight().device
+    with _evaluating(model):
+        for part in _parts(len(transcripts), batch_size):
+            turns = [processor.tokenize_turn(messages[i], transcripts[i]) for i in part]
+            batch = processor.pad_turns(turns, padding_side="left")
+            tokens = model.generate_from_text(
+                batch["input_ids"].to(device),
+                batch["attention_mask"].to(device),
+                max_new_tokens=max_new_tokens,
+                **greedy_options(processor),
+            )
+            answers += processor.decode_responses(tokens)
+            if progress is not None:
+                progress(len(answers), len(transcripts))
+    return answers
+
+
+def answer_from_speech(
+    model: BlspKDForConditionalGeneration,
+    processor: BlspKDProcessor,
+    records: Sequence[Record],
+    messages: Sequence[Messages],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Let the speech LLM answer clips; it never sees their transcripts.
+
+    Args:
+        model: The speech LLM.
+        processor: The model's.
+        records: The clips.
+        messages: The chat around each, with `{speech}` in one turn.
+        max_new_tokens: How long an answer may be.
+        batch_size: How many are answered at a time.
+        progress: Told how far it is.
+
+    Raises:
+        AudioError: A clip cannot be read.
+    """
+    _check_counts(records, messages)
+    answers: list[str] = []
+    device = model.embedding_weight().device
+    with _evaluating(model):
+        for part in _parts(len(records), batch_size):
+            batch = processor(
+                [records[i].audio for i in part],
+                messages=[messages[i] for i in part],
+                full_window=model.config.full_window,
+            ).to(device)
+            tokens = model.generate(
+                **batch, max_new_tokens=max_new_tokens, **greedy_options(processor)
+            )
+            answers += processor.decode_responses(tokens)
+            if progress is not None:
+                progress(len(answers), len(records))
+    return answers
+
+
+def nearest_embedding_transcripts(
+    model: BlspKDForConditionalGeneration,
+    processor: BlspKDProcessor,
+    records: Sequence[Record],
+    *,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Spell out each adapter output as the token whose embedding is nearest by cosine.
+
+    The adapter alone decides how many tokens there are. This is what has been recognised, whatever
+    the language model then makes of it.
+
+    Args:
+        model: The speech LLM; its adapter makes one output per token (CFormer).
+        processor: The model's.
+        records: The clips.
+        batch_size: How many are read at a time.
+        progress: Told how far it is.
+    """
+    transcripts: list[str] = []
+    device = model.embedding_weight().device
+    with _evaluating(model), torch.no_grad():
+        for part in _parts(len(records), batch_size):
+            features = [processor.features(records[i].audio) for i in part]
+            batch = processor.pad_features(features, full_window=model.config.full_window)
+            _, adapter = model.embed_speech(**{name: t.to(device) for name, t in batch.items()})
+            token_ids = nearest_tokens(adapter.hidden_states, model.embedding_weight())
+            for ids, mask in zip(token_ids, adapter.attention_mask, strict=True):
+                text = processor.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
+                transcripts.append(text.strip())
+            if progress is not None:
+                progress(len(transcripts), len(records))
+    return transcripts
+
+
+def nearest_tokens(vectors: Tensor, embedding_weight: Tensor) -> Tensor:
+    """Ids of the embeddings nearest by cosine.
+
+    Args:
+        vectors: (B, N, H), any floating dtype.
+        embedding_weight: (V, H).
+
+    Returns:
+        (B, N) int64.
+    """
+    keys = F.normalize(embedding_weight.float(), dim=-1)
+    # a vector's own length changes no order among its cosines
+    return (vectors.float() @ keys.T).argmax(dim=-1)
+
+
+@contextmanager
+def _evaluating(model: BlspKDForConditionalGeneration) -> Iterator[None]:
+    """Switch dropout off for the time being: training calls this between two steps."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _parts(count: int, batch_size: int) -> Iterator[range]:
+    for start in range(0, count, batch_size):
+        yield range(start, min(start + batch_size, count))
+
+
+def _check_counts(clips: Sequence[Any], messages: Sequence[Messages]) -> None:
+    if len(clips) != len(messages):
+        raise ValueError(
+            f"expected the chat messages of each clip, got {len(messages)} for {len(clips)} clips"
+        )
