@@ -14,6 +14,7 @@ from torch import Tensor
 from cif.backends import Backend
 from cif.backends.torch_backend import integrate
 from cif.prefix import (
+    MAX_TOTAL,
     ONE,
     Tail,
     fire_times,
@@ -83,7 +84,8 @@ def cif(
     Args:
         hidden_states: (B, T, D) float.
         alphas: (B, T) float, at least 0 (negative values count as 0). A row with a non-finite value
-            at a real frame comes out as NaN.
+            at a real frame, or with a sum of 2**22 tokens or more, comes out as NaN (one token of
+            it without `target_lengths`).
         attention_mask: (B, T) bool or integer, nonzero at real frames; padding may stand on either
             side or in between.
         target_lengths: (B,) integer, at least 0: alpha is scaled so that row b fires exactly
@@ -119,33 +121,38 @@ def cif(
     if frame_mask is not None:
         alphas = torch.where(frame_mask, alphas, 0.0)
 
+    summed = alphas.sum(dim=1)
+
     with torch.no_grad():
-        prefix = fixed_point_prefix(alphas, threshold)
+        # A row that is not finite would make indices run wild: it is integrated as zeros and its
+        # unit of weight made NaN, so that the fault shows in the result.
+        valid = summed < threshold * MAX_TOTAL
+        prefix = fixed_point_prefix(alphas.where(valid[:, None], 0.0), threshold)
         totals = row_totals(prefix)
         if target_lengths is not None:
             num_tokens = _longest(target_lengths) if max_tokens is None else max_tokens
             counts = target_lengths.to(prefix.device, torch.int64).clamp(min=0)
         else:
-            counts = tail_counts(totals, tail, tail_threshold)
+            counts = tail_counts(totals, tail, tail_threshold).where(valid, 1)
             num_tokens = _longest(counts) if max_tokens is None else max_tokens
         scale = None
         if target_lengths is not None or tail == "round":
             prefix = scale_prefix(prefix, counts)
             scale = counts.double() * ONE / totals.clamp(min=1)
         lengths = counts.clamp(max=num_tokens)
+        unit = torch.full_like(summed, threshold).where(valid, math.nan)
+        integrated = (totals.double() / ONE).to(work) * unit
 
     # The value comes from the integers, the same for every batching; the gradient from the sum.
-    summed = alphas.sum(dim=1)
-    alpha_sum = (totals.double() * (threshold / ONE)).to(work) + (summed - summed.detach())
-
+    alpha_sum = integrated + (summed - summed.detach())
     hidden = integrate(
         hidden_states,
         alphas,
         prefix,
         frame_mask=frame_mask,
-        lengths=lengths.where(totals > 0, 0),
+        lengths=lengths.where((totals > 0) | ~valid, 0),
         scale=scale,
-        unit=torch.full_like(summed, threshold).where(summed.isfinite(), math.nan).detach(),
+        unit=unit,
         num_tokens=num_tokens,
     )
     token = torch.arange(num_tokens, device=prefix.device)

@@ -113,8 +113,11 @@ class CIF(nn.Module):
             window = self.alpha_conv(hidden_states.transpose(1, 2)).transpose(1, 2)
             logits = self.alpha_linear(window.relu()).squeeze(-1)
         # A sum over many frames needs more than the 8 bits of a bfloat16 sigmoid.
-        alphas = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-        return alphas if frame_mask is None else torch.where(frame_mask, alphas, 0.0)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if frame_mask is not None:
+            # Before the sigmoid, whose gradient would turn NaN in padding into NaN times zero.
+            logits = logits.masked_fill(~frame_mask, -torch.inf)
+        return logits.sigmoid()
 
     def forward(
         self,

@@ -5,7 +5,7 @@ Shapes: B batch, T frames, N tokens.
 alpha / threshold is rounded once to 40 fractional bits and summed in int64. Integer addition is
 associative, so the fires are bitwise the same under any batching, padding, chunking or scan order;
 the token index of a frame is its prefix shifted right by 40 bits, and no epsilon is needed.
-A row may hold up to 2**22 tokens.
+A row may sum to less than 2**22 tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 FRACTION_BITS = 40
 ONE = 1 << FRACTION_BITS
+MAX_TOTAL = 1 << 22
 
 Tail = Literal["round", "threshold", "drop", "keep"]
 TAILS: tuple[Tail, ...] = ("round", "threshold", "drop", "keep")
@@ -26,15 +27,15 @@ def fixed_point_prefix(alphas: Tensor, threshold: float) -> Tensor:
     """Sum the firing weights along the frames, in units of the threshold.
 
     Args:
-        alphas: (B, T) float, at least 0, and 0 at masked frames. Non-finite values count as 0
-            here, so that no index can run wild; the caller poisons such rows.
+        alphas: (B, T) float, finite, at least 0, and 0 at masked frames; rows sum to less than
+            threshold * MAX_TOTAL.
         threshold: the amount that makes one token.
 
     Returns:
         (B, T) int64, round(alphas / threshold * 2**40) summed along T.
     """
     quanta = (alphas.double() * (ONE / threshold)).round_()
-    return quanta.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).to(torch.int64).cumsum(dim=1)
+    return quanta.to(torch.int64).cumsum(dim=1)
 
 
 def row_totals(prefix: Tensor) -> Tensor:

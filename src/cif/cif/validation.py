@@ -74,7 +74,7 @@ def check_options(
     threshold: float, tail: str, tail_threshold: float, max_tokens: int | None, backend: str
 ) -> None:
     """Raise ValueError where an option of `cif.cif` is out of range."""
-    if not (threshold > 0 and math.isfinite(threshold)):
+    if not 0 < threshold < math.inf:
         raise ValueError(f"threshold: expected a finite number above 0, got {threshold}")
     if tail not in TAILS:
         raise ValueError(f"tail: expected one of {', '.join(TAILS)}, got {tail!r}")

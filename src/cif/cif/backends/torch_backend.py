@@ -133,38 +133,65 @@ class _Integrate(torch.autograd.Function):
         )
         token = torch.arange(grad.shape[1], device=grad.device)
         grad = grad.masked_fill((token >= lengths[:, None])[..., None], 0.0)
-        # The gradient of a weight in dh = bags(dout) for the cotangent h is <dout_n, h_t>: the very
-        # dot product that dalpha is made of, so one pass serves both.
-        with torch.enable_grad():
-            leaf = weights.detach().requires_grad_()
-            bags = _bags(grad, tokens, starts, leaf)
-        (dots,) = torch.autograd.grad(bags, leaf, hidden_states.to(grad.dtype))
-        d_alphas = _alpha_gradient(dots, prefix, frame_mask, lengths, scale, starts, ends)
+        d_hidden, last, first = _frame_gradients(hidden_states, grad, weights, tokens, starts, ends)
+        d_alphas = _alpha_gradient(last, first, prefix, frame_mask, lengths, scale)
         return (
-            bags.detach().to(hidden_states.dtype),
+            d_hidden.to(hidden_states.dtype),
             d_alphas.to(ctx.alpha_dtype),
             *(None,) * 6,
         )
 
 
+def _frame_gradients(
+    hidden_states: Tensor,
+    grad: Tensor,
+    weights: Tensor,
+    tokens: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute dh and the two dot products of each frame.
+
+    Returns:
+        dh, (B, T, D); <dout_n, h_t> for the last and for the first token that frame t touches,
+        (B, T) each.
+    """
+    values = hidden_states.to(grad.dtype)
+    if torch.compiler.is_compiling():
+        # Dynamo traces no autograd within a backward; the compiler fuses what follows into loops
+        # that store only the sums.
+        d_hidden = _bags(grad, tokens, starts, weights)
+        last, first = (
+            (values * grad.gather(1, tokens.gather(1, at)[..., None].expand_as(values))).sum(-1)
+            for at in (ends, starts)
+        )
+        return d_hidden, last, first
+    # The gradient of a weight in dh = bags(dout) for the cotangent h is <dout_n, h_t>: the very dot
+    # product that dalpha is made of, so that one pass serves both.
+    with torch.enable_grad():
+        leaf = weights.detach().requires_grad_()
+        bags = _bags(grad, tokens, starts, leaf)
+    (dots,) = torch.autograd.grad(bags, leaf, values)
+    return bags.detach(), dots.gather(1, ends), dots.gather(1, starts)
+
+
 def _alpha_gradient(
-    dots: Tensor,
+    last: Tensor,
+    first: Tensor,
     prefix: Tensor,
     frame_mask: Tensor | None,
     lengths: Tensor,
     scale: Tensor | None,
-    starts: Tensor,
-    ends: Tensor,
 ) -> Tensor:
-    """Turn the dot products of the intervals, (B, L), into dL/dalpha, (B, T) float64."""
-    lengths = lengths[:, None]
+    """Turn the dot products of the frames, (B, T), into dL/dalpha, (B, T) float64."""
     before = F.pad(prefix, (1, -1))
-    last = torch.where((prefix >> FRACTION_BITS) < lengths, dots.gather(1, ends), 0.0).double()
-    first = torch.where((before >> FRACTION_BITS) < lengths, dots.gather(1, starts), 0.0).double()
+    last_token, first_token = prefix >> FRACTION_BITS, before >> FRACTION_BITS
+    last = torch.where(last_token < lengths[:, None], last, 0.0).double()
+    first = torch.where(first_token < lengths[:, None], first, 0.0).double()
     if frame_mask is not None:
         # Whatever stands in padding, NaN included, has been multiplied into its dot products.
         last = last.masked_fill(~frame_mask, 0.0)
-    jumps = torch.where(ends != starts, last - first, 0.0).cumsum(dim=1)
+    jumps = torch.where(first_token != last_token, last - first, 0.0).cumsum(dim=1)
     d_alphas = last + (jumps[:, -1:] - jumps)
     if scale is None:
         return d_alphas
