@@ -1,0 +1,1 @@
+"""The assembled speech LLM: configuration, encoder, audio, processor."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -93,10 +94,11 @@ def load_model(
     )
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(torch.device(place))  # type: ignore[arg-type, unused-ignore]  # transformers' wrapper
-    return model.eval(), processor
+    return model, processor
 
 
 def quieten_transformers() -> None:
     """Keep transformers' progress bars and advice off the terminal; errors stay."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    logging: Any = transformers_logging  # untyped
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,68 @@
+"""`blspkd train`: teach a language model to answer speech."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+TINY = "tiny"
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, metavar="[CONFIG.yaml] [key=value ...]")
+@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option("--force", is_flag=True, help="Start over in a folder that holds a run.")
+@click.option(
+    "--overfit", type=click.IntRange(1), metavar="N", help="Train on the first N clips alone."
+)
+@click.option("--dry-run", is_flag=True, help="Check everything, show one batch, train nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON on stdout.")
+@click.pass_context
+def command(
+    context: click.Context,
+    arguments: tuple[str, ...],
+    resume: bool,
+    force: bool,
+    overfit: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train a speech LLM.
+
+    Without a configuration, the built-in recipe `tiny` is run: it needs no network and no GPU.
+    KEY=VALUE pairs, such as optim.learning_rate=1e-4, override the configuration.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from blspkd.training.config import load_config
+    from blspkd.training.dry_run import dry_run as run_dry
+    from blspkd.training.report import table
+    from blspkd.training.run import train
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    overrides = list(arguments)
+    path = Path(__file__).parent.parent / TINY / "recipe.yaml"
+    if overrides and "=" not in overrides[0]:
+        path = Path(overrides.pop(0))
+    config = load_config(path, overrides)
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    if dry_run:
+        click.echo(run_dry(config, say=say))
+        return
+    result = train(config, resume=resume, force=force, overfit=overfit or 0, say=say)
+    if result.interrupted:
+        say(f"interrupted; go on with: blspkd train {' '.join(arguments)} --resume")
+        context.exit(130)
+    if as_json:
+        figures = {"folder": str(result.folder), "before": result.before, "after": result.after}
+        click.echo(json.dumps(figures))
+    else:
+        click.echo(table(result.before, result.after))
+        click.echo(f"\nThe model is in {result.folder}. Let it answer a recording:\n")
+        click.echo(f"    blspkd generate {result.folder} RECORDING.wav")

@@ -1,0 +1,211 @@
+"""Records to batches: what is kept, how clips of like length meet, what a batch holds.
+
+Shapes: B batch, M mel bins, F mel frames, T encoder frames, D encoder width, L text length.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from blspkd.model.processing import BlspKDProcessor, Messages, TokenizedTurn, as_messages
+
+from .features import FeatureCache
+from .manifest import Record
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One training item: its conversation, and its speech as features or as encoder outputs.
+
+    Attributes:
+        turn: the conversation as token ids.
+        mel: (M, F) float32, or None.
+        encoded: (T, D), or None.
+    """
+
+    turn: TokenizedTurn
+    mel: np.ndarray | None
+    encoded: Tensor | None
+
+
+class ClipDataset(Dataset[Clip]):
+    """The records of a manifest as model inputs.
+
+    Args:
+        records: what to read; see :func:`keep_usable`.
+        processor: makes features and token ids.
+        prompt: of records without ``messages`` of their own.
+        cache: encoder outputs made beforehand; without it, each item carries mel features.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        processor: BlspKDProcessor,
+        *,
+        prompt: str,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self.records = list(records)
+        self.processor = processor
+        self.prompt = prompt
+        self.cache = cache
+
+    def __len__(self) -> int:
+        """How many clips."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Clip:
+        """Read one clip."""
+        record = self.records[index]
+        turn = self.processor.tokenize_turn(
+            record_messages(record, self.prompt),
+            record.text,
+            response=record.response,
+            response_finished=record.response_finished is not False,
+        )
+        if self.cache is not None:
+            return Clip(turn, None, self.cache.load(record))
+        return Clip(turn, self.processor.features(record.audio), None)
+
+    def lengths(self) -> list[float]:
+        """What to group clips by: their seconds, or else the length of their transcript."""
+        if all(record.duration is not None for record in self.records):
+            return [float(record.duration or 0.0) for record in self.records]
+        return [float(len(record.text)) for record in self.records]
+
+
+def record_messages(record: Record, prompt: str) -> Messages:
+    """The chat turns of a record: its own, or the given prompt as one user turn."""
+    return record.messages if record.messages is not None else as_messages(prompt)
+
+
+def keep_usable(
+    records: Sequence[Record],
+    processor: BlspKDProcessor,
+    *,
+    prompt: str,
+    max_duration: float,
+    max_text_tokens: int,
+    need_response: bool,
+) -> tuple[list[Record], Counter[str]]:
+    """Leave out what cannot be trained on, and say how much and why.
+
+    Args:
+        records: of a manifest.
+        processor: counts the tokens.
+        prompt: of records without messages of their own.
+        max_duration: seconds.
+        max_text_tokens: of prompt, transcript and response together.
+        need_response: drop records without one.
+
+    Returns:
+        The usable records, and how many were dropped for which reason.
+    """
+    kept, dropped = [], Counter[str]()
+    for record in records:
+        if record.duration is not None and record.duration > max_duration:
+            dropped[f"longer than {max_duration:g} s"] += 1
+        elif need_response and not record.response:
+            dropped["no response"] += 1
+        else:
+            turn = processor.tokenize_turn(
+                record_messages(record, prompt), record.text, response=record.response
+            )
+            if len(turn.input_ids) > max_text_tokens:
+                dropped[f"more than {max_text_tokens} tokens"] += 1
+            else:
+                kept.append(record)
+    return kept, dropped
+
+
+class Collator:
+    """Clips to the keyword arguments of the model's ``forward``.
+
+    Args:
+        processor: pads.
+        full_window: pad mel features to the encoder's window.
+    """
+
+    def __init__(self, processor: BlspKDProcessor, *, full_window: bool = False) -> None:
+        self.processor = processor
+        self.full_window = full_window
+
+    def __call__(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
+        """Batch the clips, right-padded."""
+        batch: dict[str, Tensor] = self.processor.pad_turns([clip.turn for clip in clips])
+        mels = [clip.mel for clip in clips if clip.mel is not None]
+        if mels:
+            return {**batch, **self.processor.pad_features(mels, full_window=self.full_window)}
+        encoded = [clip.encoded for clip in clips if clip.encoded is not None]
+        return {**batch, **pad_encoded(encoded)}
+
+
+def pad_encoded(encoded: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Cached encoder outputs, each (T_b, D), to one float32 batch and its mask."""
+    lengths = torch.tensor([len(one) for one in encoded])
+    states = torch.nn.utils.rnn.pad_sequence([one.float() for one in encoded], batch_first=True)
+    return {
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": torch.arange(states.shape[1]) < lengths[:, None],
+    }
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A new random order each epoch in which clips of like length stand together.
+
+    The order depends on the seed and the epoch alone, so that a resumed run sees the same one.
+
+    Args:
+        lengths: one number per clip.
+        batch_size: clips per batch.
+        seed: of the orders.
+    """
+
+    MEGABATCH = 20
+
+    def __init__(self, lengths: Sequence[float], batch_size: int, *, seed: int) -> None:
+        self.lengths = torch.tensor(lengths, dtype=torch.float64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """How many clips."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """Shuffle, sort within stretches of 20 batches, shuffle the batches."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        batches: list[list[int]] = []
+        for stretch in order.split(self.batch_size * self.MEGABATCH):
+            ordered = stretch[self.lengths[stretch].argsort(descending=True)]
+            batches += [part.tolist() for part in ordered.split(self.batch_size)]
+        # only full batches may move, or the short one would shift the bounds of those after it
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        for index in torch.randperm(len(full), generator=generator).tolist():
+            yield from full[index]
+        for batch in rest:
+            yield from batch
+
+
+def batches_of(
+    dataset: ClipDataset, collator: Collator, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """A dataset's batches in their own order."""
+    for start in range(0, len(dataset), batch_size):
+        yield collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])

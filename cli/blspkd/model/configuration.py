@@ -1,0 +1,79 @@
+"""What makes a BLSP-KD model: its two pretrained parts, its adapter, its PLoRA."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedConfig
+
+AdapterType = Literal["cformer", "conv"]
+SpeechEmbedding = Literal["direct", "soft"]
+DEFAULT_PROMPT = "Continue the following sentence in a coherent style: {speech}"
+
+
+class BlspKDConfig(PreTrainedConfig):
+    """Configuration of :class:`BlspKDForConditionalGeneration`.
+
+    Args:
+        encoder: path or hub id of a Whisper model, or ``blspkd:tiny/encoder`` for the built-in one.
+        language_model: path or hub id of a causal LM, or ``blspkd:tiny/llm``.
+        encoder_fingerprint: identifies the encoder's weights; written when the model is built and
+            checked when it is loaded. See :func:`blspkd.model.bases.fingerprint`.
+        language_model_fingerprint: likewise.
+        adapter_type: "cformer" (the paper's) or "conv" (its baseline).
+        adapter: fields of :class:`speech_adapters.CFormerConfig` or
+            :class:`speech_adapters.ConvSubsamplerConfig`; sizes follow from the parts.
+        plora: fields of :class:`plora.PLoRAConfig`; None leaves the language model bare.
+        train_encoder: the encoder is trained too, and therefore belongs to the checkpoint.
+        full_window: encode 30 s of padding with each clip, as Whisper was trained; by default only
+            the real frames are encoded.
+        speech_embedding: "direct": the adapter's outputs are what the language model reads (the
+            paper). "soft": they are scores over the vocabulary, and the language model reads the
+            mean of its own embeddings under their softmax.
+        token_scale: factor on the cosine between an adapter output and a token's embedding, for
+            the soft embedding and the token loss.
+        prompt: what the user turn says; ``{speech}`` stands where the speech goes.
+    """
+
+    model_type = "blspkd"
+
+    def __init__(
+        self,
+        encoder: str = "",
+        language_model: str = "",
+        *,
+        encoder_fingerprint: str | None = None,
+        language_model_fingerprint: str | None = None,
+        adapter_type: AdapterType = "cformer",
+        adapter: dict[str, Any] | None = None,
+        plora: dict[str, Any] | None = None,
+        train_encoder: bool = False,
+        full_window: bool = False,
+        speech_embedding: SpeechEmbedding = "direct",
+        token_scale: float = 30.0,
+        prompt: str = DEFAULT_PROMPT,
+        **kwargs: Any,
+    ) -> None:
+        for name, value, allowed in (
+            ("adapter_type", adapter_type, get_args(AdapterType)),
+            ("speech_embedding", speech_embedding, get_args(SpeechEmbedding)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        if prompt.count("{speech}") != 1:
+            raise ValueError(f"prompt must contain {{speech}} exactly once, got {prompt!r}")
+        if token_scale <= 0:
+            raise ValueError(f"token_scale must be positive, got {token_scale}")
+        self.encoder = encoder
+        self.language_model = language_model
+        self.encoder_fingerprint = encoder_fingerprint
+        self.language_model_fingerprint = language_model_fingerprint
+        self.adapter_type = adapter_type
+        self.adapter = dict(adapter or {})
+        self.plora = None if plora is None else dict(plora)
+        self.train_encoder = train_encoder
+        self.full_window = full_window
+        self.speech_embedding = speech_embedding
+        self.token_scale = token_scale
+        self.prompt = prompt
+        super().__init__(**kwargs)

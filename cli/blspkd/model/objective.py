@@ -1,0 +1,152 @@
+"""The losses of BLSP-KD, each computed only if it weighs something.
+
+Shapes: B batch, S spliced length, L text length, N tokens, H width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kd_losses import cif_quantity_loss, linear_cross_entropy, linear_kl_div, response_mask
+
+LOSS_NAMES = ("token", "input_kl", "response_kl", "response_ce", "quantity")
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each loss weighs. The defaults are the paper's (arXiv 2405.19041, sec. 3.3).
+
+    Attributes:
+        token: cross entropy of each speech token against its text token, through the language
+            model's own embeddings (not in the paper; it bootstraps the alignment).
+        input_kl: KL between the distributions after the i-th text and the i-th speech token.
+        response_kl: KL between the distributions over each token of the response.
+        response_ce: cross entropy of the response; the baseline that KL replaces.
+        quantity: |sum of CIF weights / number of text tokens - 1|.
+    """
+
+    token: float = 0.0
+    input_kl: float = 1.0
+    response_kl: float = 1.0
+    response_ce: float = 0.0
+    quantity: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse weights that are negative, or all zero."""
+        for field in fields(self):
+            if not getattr(self, field.name) >= 0:
+                raise ValueError(
+                    f"loss weight {field.name} must be >= 0, got {getattr(self, field.name)}"
+                )
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the losses that weigh something."""
+        return tuple(name for name in LOSS_NAMES if getattr(self, name) > 0)
+
+    @property
+    def reads_language_model(self) -> bool:
+        """Whether any loss needs the language model's layers, not only its embeddings."""
+        return self.input_kl > 0 or self.response_kl > 0 or self.response_ce > 0
+
+    @property
+    def reads_response(self) -> bool:
+        """Whether any loss needs the response."""
+        return self.response_kl > 0 or self.response_ce > 0
+
+
+def loss_items(speech_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """How many items each loss averages over in a batch: scalars, int64.
+
+    Args:
+        speech_mask: (B, L) bool, True on transcript tokens.
+        labels: (B, L) int64, -100 except on the response.
+    """
+    tokens = speech_mask.sum()
+    responses = response_mask(labels).sum()
+    clips = torch.tensor(speech_mask.shape[0], device=speech_mask.device)
+    return {
+        "token": tokens,
+        "input_kl": tokens,
+        "response_kl": responses,
+        "response_ce": responses,
+        "quantity": clips,
+    }
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass through the language model.
+
+    Attributes:
+        hidden_states: (B, S, H), what its head would read.
+        speech_mask: (B, S) bool, True on the tokens that stand for the utterance.
+        labels: (B, S) int64, -100 except on the response.
+    """
+
+    hidden_states: Tensor
+    speech_mask: Tensor
+    labels: Tensor
+
+
+def token_loss(
+    speech_vectors: Tensor, token_ids: Tensor, embedding_weight: Tensor, scale: float
+) -> Tensor:
+    """Summed cross entropy of each speech vector against its token, by scaled cosine.
+
+    Args:
+        speech_vectors: (n, H).
+        token_ids: (n,) int64.
+        embedding_weight: (V, H), frozen.
+        scale: factor on the cosine.
+    """
+    queries = F.normalize(speech_vectors.float(), dim=-1) * scale
+    keys = F.normalize(embedding_weight.float(), dim=-1)
+    return linear_cross_entropy(
+        queries.to(embedding_weight.dtype),
+        keys.to(embedding_weight.dtype),
+        token_ids,
+        reduction="sum",
+    )
+
+
+def kl_loss(
+    student: Pass,
+    teacher: Pass,
+    head: Tensor,
+    *,
+    on: str,
+    temperature: float,
+    scale_by_temperature_squared: bool,
+) -> Tensor:
+    """Summed KL(teacher || student) over the utterance ("input") or the response ("response")."""
+
+    def selected(one: Pass) -> Tensor:
+        return one.speech_mask if on == "input" else response_mask(one.labels)
+
+    return linear_kl_div(
+        student.hidden_states,
+        head,
+        teacher.hidden_states,
+        mask=selected(student),
+        teacher_mask=selected(teacher),
+        temperature=temperature,
+        scale_by_temperature_squared=scale_by_temperature_squared,
+        reduction="sum",
+    )
+
+
+def response_ce_loss(student: Pass, head: Tensor) -> Tensor:
+    """Summed cross entropy of the response under the student."""
+    mask = response_mask(student.labels)
+    targets = student.labels[:, 1:][mask[:, :-1]]
+    return linear_cross_entropy(student.hidden_states[mask], head, targets, reduction="sum")
+
+
+def quantity_loss(alpha_sum: Tensor, token_counts: Tensor) -> Tensor:
+    """Summed |sum(alpha) / N - 1| over the clips (arXiv 1905.11235, eq. 6, made relative)."""
+    return cif_quantity_loss(alpha_sum, token_counts, reduction="sum")

@@ -1,0 +1,275 @@
+"""The training configuration: defaults < YAML file < `key=value` on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from blspkd.model.configuration import DEFAULT_PROMPT, AdapterType, SpeechEmbedding
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """What is trained on what; see :class:`blspkd.model.configuration.BlspKDConfig`.
+
+    Attributes:
+        encoder: path or hub id of a Whisper model.
+        language_model: path or hub id of a causal LM.
+        dtype: of the frozen parts; what is trained is float32.
+        adapter_type: "cformer" or "conv".
+        adapter: fields of the adapter's configuration.
+        plora: fields of PLoRAConfig; null for a bare language model.
+        train_encoder: train the speech encoder too.
+        full_window: encode 30 s of padding with each clip.
+        speech_embedding: "direct" (the paper) or "soft".
+        token_scale: factor on cosines, for the soft embedding and the token loss.
+        prompt: what the user turn says around ``{speech}``.
+        trust_remote_code: run code that a checkpoint brings along.
+    """
+
+    encoder: str = ""
+    language_model: str = ""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    adapter_type: AdapterType = "cformer"
+    adapter: dict[str, Any] = field(default_factory=dict)
+    plora: dict[str, Any] | None = field(default_factory=dict)
+    train_encoder: bool = False
+    full_window: bool = False
+    speech_embedding: SpeechEmbedding = "direct"
+    token_scale: float = 30.0
+    prompt: str = DEFAULT_PROMPT
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """What is read.
+
+    Attributes:
+        train: a manifest.
+        eval: manifests of held-out clips, by name; never trained on.
+        max_duration: seconds; longer clips are dropped and counted.
+        max_text_tokens: of prompt, transcript and response; longer ones are dropped and counted.
+        limit: use only the first so many training clips.
+        eval_limit: use only the first so many clips of each held-out set.
+        cache_features: compute the frozen encoder's outputs once, and keep them.
+        cache_dir: where; by default inside the run's folder.
+    """
+
+    train: str = ""
+    eval: dict[str, str] = field(default_factory=dict)
+    max_duration: float = 30.0
+    max_text_tokens: int = 384
+    limit: int | None = None
+    eval_limit: int | None = None
+    cache_features: bool = False
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """One loss: its weight, and the stretch of the run in which it counts.
+
+    Attributes:
+        weight: factor on the loss; 0 leaves it out.
+        start: fraction of the run at which it sets in.
+        stop: fraction of the run at which it ends.
+    """
+
+    weight: float = 0.0
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse windows that are empty or reach out of the run."""
+        if self.weight < 0:
+            raise ValueError(f"weight must be >= 0, got {self.weight}")
+        if not 0.0 <= self.start < self.stop <= 1.0:
+            raise ValueError(f"expected 0 <= start < stop <= 1, got {self.start} and {self.stop}")
+
+
+@dataclass(frozen=True)
+class LossesSection:
+    """The objective; see :class:`blspkd.model.objective.LossWeights` for what each loss is.
+
+    Attributes:
+        token: cross entropy of each speech token against its text token.
+        input_kl: KL after each token of the utterance.
+        response_kl: KL over the response.
+        response_ce: cross entropy of the response.
+        quantity: CIF's token count.
+        temperature: of both distributions in the KL losses (2 in the authors' code).
+        scale_by_temperature_squared: multiply the KL losses by the temperature squared.
+    """
+
+    token: LossSection = field(default_factory=LossSection)
+    input_kl: LossSection = field(default_factory=lambda: LossSection(weight=1.0))
+    response_kl: LossSection = field(default_factory=lambda: LossSection(weight=1.0))
+    response_ce: LossSection = field(default_factory=LossSection)
+    quantity: LossSection = field(default_factory=lambda: LossSection(weight=1.0))
+    temperature: float = 2.0
+    scale_by_temperature_squared: bool = False
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """How it is optimised: AdamW; the defaults are the authors'.
+
+    Attributes:
+        learning_rate: at its peak.
+        plora_learning_rate: of PLoRA's matrices; the same when null.
+        warmup_steps: linear.
+        schedule: after the warm-up.
+        weight_decay: on matrices; never on norms and biases.
+        max_grad_norm: clips the gradient.
+        epochs: passes over the data, unless max_steps is given.
+        max_steps: optimiser steps.
+        batch_size: clips per device and micro-batch.
+        gradient_accumulation: micro-batches per step.
+        bf16: autocast to bfloat16.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    learning_rate: float = 1e-4
+    plora_learning_rate: float | None = None
+    warmup_steps: int = 1000
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything about one run.
+
+    Attributes:
+        name: of the run; its folder is runs/NAME unless output says otherwise.
+        output: the run's folder.
+        seed: of initialisation, order and dropout.
+        log_steps: steps between log lines.
+        eval_steps: steps between looks at the held-out clips; null for start and end alone.
+        save_steps: steps between checkpoints; null for the end alone.
+        keep_checkpoints: how many to keep.
+        answer_limit: how many held-out clips are answered, from text and from speech, at the
+            start and at the end; 0 for none.
+        num_workers: processes that read clips.
+        tensorboard: write TensorBoard events.
+        model: what is trained on what.
+        data: what is read.
+        losses: the objective.
+        optim: how it is optimised.
+        trainer: further fields of transformers.TrainingArguments (deepspeed, fsdp, ...).
+    """
+
+    name: str = "run"
+    output: str | None = None
+    seed: int = 0
+    log_steps: int = 10
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    keep_checkpoints: int = 2
+    answer_limit: int = 0
+    num_workers: int = 0
+    tensorboard: bool = False
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    losses: LossesSection = field(default_factory=LossesSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and lay ``key=value`` pairs over it.
+
+    Args:
+        path: the YAML file.
+        overrides: such as ``optim.learning_rate=1e-4``; values are YAML, keys are dotted.
+
+    Raises:
+        ValueError: naming the unknown key and the nearest one, or the value and what it should be.
+    """
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
+    values.setdefault("name", path.stem)
+    for pair in overrides:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"expected key=value, got {pair!r}")
+        place = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                place[parent] = {}
+            place = place[parent]
+        place[last] = yaml.safe_load(text)
+    config: TrainConfig = _build(TrainConfig, values, "")
+    return config
+
+
+def as_dict(config: TrainConfig) -> dict[str, Any]:
+    """The resolved configuration, as it is written into the run's folder."""
+    return dataclasses.asdict(config)
+
+
+def _build(kind: Any, values: Any, where: str) -> Any:
+    """A dataclass from a mapping, with every key and value checked."""
+    if kind is LossSection and isinstance(values, (int, float)) and not isinstance(values, bool):
+        values = {"weight": values}
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a mapping, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
+            raise ValueError(f"unknown configuration key {path!r}; {hint}")
+        arguments[key] = _convert(hints[key], value, path)
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """A YAML value as the type a field declares."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(o for o in options if o is not type(None)), value, path)
+    if origin is Literal:
+        if value not in options:
+            raise ValueError(f"{path}: expected one of {', '.join(options)}; got {value!r}")
+        return value
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            pass
+    kind = origin or hint
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{path}: expected {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,90 @@
+"""A run's folder: what may be in it at the start, and what is left in it at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import TrainConfig, as_dict
+
+CONFIG_NAME = "train.yaml"
+LOG_NAME = "log.jsonl"
+BEFORE_NAME = "before.json"
+SUMMARY_NAME = "summary.json"
+
+
+def open_folder(config: TrainConfig, *, resume: bool, force: bool) -> Path:
+    """The run's folder, made if need be.
+
+    Without ``output`` in the configuration it is ``runs/NAME``, with a number behind it if that is
+    taken.
+
+    Raises:
+        ValueError: if the folder asked for holds something and neither ``resume`` nor ``force``
+            was given, or if there is nothing to resume.
+    """
+    if config.output is None:
+        folder = Path("runs") / config.name
+        number = 1
+        while not resume and not force and _is_occupied(folder):
+            number += 1
+            folder = Path("runs") / f"{config.name}-{number}"
+    else:
+        folder = Path(config.output).expanduser()
+    if resume and last_checkpoint(folder) is None:
+        raise ValueError(f"nothing to resume in {folder}: it has no checkpoint")
+    if _is_occupied(folder) and not (resume or force):
+        raise ValueError(
+            f"{folder} is not empty: go on with --resume, start over with --force, or choose "
+            "another folder with output=FOLDER"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(found, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Write the resolved configuration, the code's commit and the libraries' versions."""
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("blspkd", "torch", "transformers", "accelerate")
+    }
+    document = {"config": as_dict(config), "commit": _commit(), "versions": versions}
+    write_atomically(folder / CONFIG_NAME, yaml.safe_dump(document, sort_keys=False))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _is_occupied(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
+def _commit() -> str | None:
+    """The commit this code was run from; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,167 @@
+"""transformers' Trainer with BLSP-KD's objective and its meters."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from blspkd.data.batches import ClipDataset, Collator, LengthGroupedSampler
+from blspkd.model.objective import loss_items
+
+from .config import TrainConfig
+from .schedule import weights_at
+
+Figures = dict[str, float]
+
+
+class BlspKDTrainer(Trainer):
+    """Trains a :class:`BlspKDForConditionalGeneration`.
+
+    Every loss is summed over its items and divided by how many there are in the whole optimiser
+    step, over all micro-batches and processes, so that accumulation and data parallelism leave
+    the gradient as one big batch would give it.
+
+    Args:
+        config: the run.
+        measure_held_out: called with the model at each evaluation; gives the figures to log.
+        **kwargs: as :class:`transformers.Trainer`; ``train_dataset`` is a :class:`ClipDataset`,
+            ``data_collator`` a :class:`Collator`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, measure_held_out: Callable[[nn.Module], Figures], **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.run_config = config
+        self.measure_held_out = measure_held_out
+        self.step_items: dict[str, Tensor] = {}
+        self.loss_sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        self.steps_since_log = 0
+        self.clips_since_log = 0
+        self.last_log = time.monotonic()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of clips of like length, in an order that seed and epoch decide."""
+        dataset, collator = self.train_dataset, self.data_collator
+        assert isinstance(dataset, ClipDataset)
+        assert isinstance(collator, Collator)
+        sampler = LengthGroupedSampler(
+            dataset.lengths(),
+            self.args.train_batch_size * self.args.world_size,
+            seed=self.run_config.seed,
+        )
+        loader: DataLoader[Any] = DataLoader(
+            dataset,  # type: ignore[arg-type]  # the collator turns clips into tensors
+            batch_size=self.args.train_batch_size,
+            sampler=sampler,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of one step; counts each loss's items over them all."""
+        samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        totals: dict[str, Tensor] = {}
+        for batch in samples:
+            for name, count in loss_items(batch["speech_mask"], batch["labels"]).items():
+                totals[name] = totals.get(name, torch.zeros((), device=device)) + count.to(device)
+        self.step_items = {
+            name: self.accelerator.reduce(total, reduction="sum") for name, total in totals.items()
+        }
+        return samples, self.step_items.get("quantity")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective of this point of the run, on one micro-batch."""
+        losses = self.run_config.losses
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        output = model(
+            **inputs,
+            loss_weights=weights_at(losses, progress),
+            temperature=losses.temperature,
+            scale_by_temperature_squared=losses.scale_by_temperature_squared,
+            num_items=self.step_items,
+        )
+        for name, value in output.losses.items():
+            self.loss_sums[name] = self.loss_sums[name].to(value.device) + value
+        self.clips_since_log += len(inputs["input_ids"])
+        if self.accelerator.sync_gradients:
+            self.steps_since_log += 1
+        # data parallelism averages gradients; the sums were divided by the counts of all processes
+        loss = output.loss * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each loss by itself, and the clips trained on per second."""
+        if "loss" in logs and self.steps_since_log:
+            for name, total in self.loss_sums.items():
+                summed = self.accelerator.reduce(total, reduction="sum")
+                logs[f"loss/{name}"] = float(summed) / self.steps_since_log
+            now = time.monotonic()
+            clips = self.clips_since_log * self.accelerator.num_processes
+            logs["clips_per_second"] = clips / max(1e-9, now - self.last_log)
+            self._start_window()
+        super().log(logs, start_time)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Figures:
+        """Measure the held-out clips."""
+        figures = self.measure_held_out(self.accelerator.unwrap_model(self.model))
+        named = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(dict(named))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        self._start_window()
+        return named
+
+    def _start_window(self) -> None:
+        """Start counting anew: what held-out clips took is not training time."""
+        self.loss_sums.clear()
+        self.steps_since_log = self.clips_since_log = 0
+        self.last_log = time.monotonic()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW; no weight decay on vectors, a learning rate of its own for PLoRA if asked for."""
+        if self.optimizer is None:
+            groups = _parameter_groups(self.model if model is None else model, self.run_config)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=self.args.learning_rate, betas=(0.9, 0.98), fused=True
+            )
+        return self.optimizer
+
+
+def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[Mapping[str, Any]]:
+    """Trained parameters by learning rate and weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = config.optim.learning_rate
+        if "lora_" in name and config.optim.plora_learning_rate is not None:
+            rate = config.optim.plora_learning_rate
+        decay = config.optim.weight_decay if parameter.ndim > 1 else 0.0
+        groups[rate, decay].append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
