@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cif import cif
+from cif.prefix import ONE, fixed_point_prefix, scale_prefix
 
 TAILS = ["round", "threshold", "drop", "keep"]
 
@@ -96,6 +97,10 @@ def test_every_row_of_thousands_fires_exactly_its_target():
     alphas = torch.rand(rows, frames) * torch.rand(rows, 1)
     out = cif(torch.ones(rows, frames, 1), alphas, target_lengths=targets)
     assert torch.equal(out.lengths, targets)
+    # alpha * (N / sum), summed again, fails this in nearly half of the rows
+    prefix = scale_prefix(fixed_point_prefix(alphas, 1.0), targets)
+    assert torch.equal(prefix[:, -1], targets * ONE)
+    assert (prefix.diff() >= 0).all()
     # Each token is whole, the last one included: where one is lost, its sum is 0 or a fraction.
     mass = out.hidden_states[..., 0]
     torch.testing.assert_close(mass[out.attention_mask], torch.ones(int(targets.sum())))
