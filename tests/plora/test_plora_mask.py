@@ -143,6 +143,8 @@ def test_disabling_one_model_leaves_another_one_on(llama, randomised, span):
         with plora_disabled(second):
             assert torch.equal(first(input_ids=ids).logits, adapted)
             assert not torch.equal(second(input_ids=ids).logits, adapted)
+            with plora_disabled(first):
+                assert not torch.equal(second(input_ids=ids).logits, adapted)
 
 
 def test_disabling_a_part_raises_and_a_plain_model_passes(llama, randomised):

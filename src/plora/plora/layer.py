@@ -112,7 +112,7 @@ class PLoRALinear(nn.Module):
         return add_low_rank(
             output,
             hidden_states,
-            activation.rows,
+            activation.rows.to(hidden_states.device),  # elsewhere if the decoder is spread out
             self.lora_A,
             self.lora_B,
             scaling=self.scaling,
