@@ -1,43 +1,74 @@
 """Answers to text, answers to speech, and what the speech tokens stand for: in batches.
 
-Decoding is greedy, and an answer does not depend on its batch.
-Shapes: B batch, N speech tokens, H embedding width, V vocabulary, R new tokens.
+An answer does not depend on its batch, unless it is drawn at random.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from blspkd.data.manifest import Record
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor, Messages
 
+from .meters import nearest_tokens
+
 Progress = Callable[[int, int], None]
 """Called with (clips done, clips in all)."""
 
 
-def greedy_options(processor: BlspKDProcessor) -> dict[str, Any]:
-    """Options of `generate` for the single most likely answer.
+@dataclass(frozen=True)
+class Decoding:
+    """How the language model's words are chosen. The default is greedy.
 
-    They override what a chat model's own generation config asks for: sampling, and penalties for
-    repeating, which see the prompt's text but not the speech in its place.
+    Attributes:
+        max_new_tokens: How long an answer may be.
+        temperature: 0 takes the most likely token, above 0 draws.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        num_beams: Above 1, beam search.
     """
-    return {
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "pad_token_id": processor.tokenizer.pad_token_id,
-    }
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be decoded."""
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
+
+    def options(self, processor: BlspKDProcessor) -> dict[str, Any]:
+        """Keyword arguments of the model's `generate`.
+
+        They override what a chat model's own generation config asks for: sampling, and penalties
+        for repeating, which see the prompt's text but not the speech in its place.
+        """
+        drawn = self.temperature > 0
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": drawn,
+            "num_beams": self.num_beams,
+            "temperature": self.temperature if drawn else None,
+            "top_p": self.top_p if drawn else None,
+            "top_k": 0 if drawn else None,
+            "repetition_penalty": 1.0,
+            "no_repeat_ngram_size": 0,
+            "pad_token_id": processor.tokenizer.pad_token_id,
+        }
+
+
+GREEDY = Decoding()
 
 
 def answer_from_text(
@@ -46,7 +77,7 @@ def answer_from_text(
     transcripts: Sequence[str],
     messages: Sequence[Messages],
     *,
-    max_new_tokens: int = 64,
+    decoding: Decoding = GREEDY,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -57,7 +88,7 @@ def answer_from_text(
         processor: The model's.
         transcripts: What stands in place of the speech: true, or a recogniser's.
         messages: The chat around each, with `{speech}` in one turn.
-        max_new_tokens: How long an answer may be.
+        decoding: How words are chosen.
         batch_size: How many are answered at a time.
         progress: Told how far it is.
     """
@@ -71,8 +102,7 @@ def answer_from_text(
             tokens = model.generate_from_text(
                 batch["input_ids"].to(device),
                 batch["attention_mask"].to(device),
-                max_new_tokens=max_new_tokens,
-                **greedy_options(processor),
+                **decoding.options(processor),
             )
             answers += processor.decode_responses(tokens)
             if progress is not None:
@@ -86,7 +116,7 @@ def answer_from_speech(
     records: Sequence[Record],
     messages: Sequence[Messages],
     *,
-    max_new_tokens: int = 64,
+    decoding: Decoding = GREEDY,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> list[str]:
@@ -97,7 +127,7 @@ def answer_from_speech(
         processor: The model's.
         records: The clips.
         messages: The chat around each, with `{speech}` in one turn.
-        max_new_tokens: How long an answer may be.
+        decoding: How words are chosen.
         batch_size: How many are answered at a time.
         progress: Told how far it is.
 
@@ -114,9 +144,7 @@ def answer_from_speech(
                 messages=[messages[i] for i in part],
                 full_window=model.config.full_window,
             ).to(device)
-            tokens = model.generate(
-                **batch, max_new_tokens=max_new_tokens, **greedy_options(processor)
-            )
+            tokens = model.generate(**batch, **decoding.options(processor))
             answers += processor.decode_responses(tokens)
             if progress is not None:
                 progress(len(answers), len(records))
@@ -149,36 +177,25 @@ def nearest_embedding_transcripts(
         for part in _parts(len(records), batch_size):
             features = [processor.features(records[i].audio) for i in part]
             batch = processor.pad_features(features, full_window=model.config.full_window)
-            _, adapter = model.embed_speech(**{name: t.to(device) for name, t in batch.items()})
-            token_ids = nearest_tokens(adapter.hidden_states, model.embedding_weight())
-            for ids, mask in zip(token_ids, adapter.attention_mask, strict=True):
-                text = processor.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
+            _, adapter = model.embed_speech(
+                input_features=batch["input_features"].to(device),
+                feature_attention_mask=batch["feature_attention_mask"].to(device),
+            )
+            mask = adapter.attention_mask
+            found = nearest_tokens(model, adapter.hidden_states[mask])
+            for ids in found.cpu().tensor_split(mask.sum(dim=1).cumsum(dim=0)[:-1].cpu()):
+                text = processor.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
                 transcripts.append(text.strip())
             if progress is not None:
                 progress(len(transcripts), len(records))
     return transcripts
 
 
-def nearest_tokens(vectors: Tensor, embedding_weight: Tensor) -> Tensor:
-    """Ids of the embeddings nearest by cosine.
-
-    Args:
-        vectors: (B, N, H), any floating dtype.
-        embedding_weight: (V, H).
-
-    Returns:
-        (B, N) int64.
-    """
-    keys = F.normalize(embedding_weight.float(), dim=-1)
-    # a vector's own length changes no order among its cosines
-    return (vectors.float() @ keys.T).argmax(dim=-1)
-
-
 @contextmanager
 def _evaluating(model: BlspKDForConditionalGeneration) -> Iterator[None]:
     """Switch dropout off for the time being: training calls this between two steps."""
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         yield
     finally:

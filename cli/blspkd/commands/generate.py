@@ -1,0 +1,86 @@
+"""`blspkd generate`: answer audio files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from .options import model_options, torch_dtype
+
+
+@click.command("generate", context_settings={"show_default": True})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("audio", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--prompt",
+    metavar="TEXT",
+    help="The user turn, with {speech} where the speech goes.  [default: the model's own]",
+)
+@click.option("--max-new-tokens", default=64, type=click.IntRange(1), help="Length of an answer.")
+@click.option("--temperature", default=0.0, type=click.FloatRange(0), help="0 is greedy.")
+@click.option("--top-p", default=1.0, type=float, help="With --temperature.")
+@click.option("--num-beams", default=1, type=click.IntRange(1), help="Above 1: beam search.")
+@click.option("--batch-size", default=8, type=click.IntRange(1), help="Clips at a time.")
+@click.option("--seed", default=0, help="With --temperature.")
+@click.option("--json", "as_json", is_flag=True, help="Print one json object a clip.")
+@model_options
+def command(
+    model: Path,
+    audio: tuple[Path, ...],
+    prompt: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    num_beams: int,
+    batch_size: int,
+    seed: int,
+    as_json: bool,
+    encoder: str | None,
+    language_model: str | None,
+    dtype: str,
+    device: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Let MODEL, a run's folder or a checkpoint, answer each AUDIO file (wav, flac, ogg, ...).
+
+    Clips last 0.1 to 30 s. Any sampling rate and number of channels will do.
+    """
+    from blspkd.evaluation.answers import Decoding
+    from blspkd.evaluation.clips import answer_clips, read_clips
+    from blspkd.model.loading import load_config, load_model, quieten_transformers
+
+    decoding = Decoding(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams
+    )
+    quieten_transformers()
+    config = load_config(model, encoder=encoder, language_model=language_model)
+    clips = read_clips(audio, prompt=config.prompt if prompt is None else prompt)
+    for clip in clips:
+        if clip.silent:
+            click.echo(f"warning: {clip.path} is silent; its answer means nothing", err=True)
+    speech_model, processor = load_model(
+        model,
+        encoder=encoder,
+        language_model=language_model,
+        dtype=torch_dtype(dtype),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    answers = answer_clips(
+        speech_model, processor, clips, decoding=decoding, batch_size=batch_size, seed=seed
+    )
+    for index, (clip, answer) in enumerate(zip(clips, answers, strict=True)):
+        if as_json:
+            row = {
+                "audio": str(clip.path),
+                "answer": answer,
+                "duration": round(clip.duration, 3),
+                "silent": clip.silent,
+            }
+            click.echo(json.dumps(row, ensure_ascii=False))
+            continue
+        if len(clips) > 1:
+            click.echo(("\n" if index else "") + f"==> {clip.path} <==")
+        click.echo(answer)

@@ -1,0 +1,71 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Advance = Callable[[str, int, int], None]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def model_options(function: Function) -> Function:
+    """Add the options that say how a trained model is loaded."""
+    options = (
+        click.option("--encoder", metavar="PATH", help="Where the speech encoder is now."),
+        click.option("--language-model", metavar="PATH", help="Where the language model is now."),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="float32",
+            show_default=True,
+            help="Type of the frozen weights.",
+        ),
+        click.option("--device", help="Such as cpu or cuda:0; by default a GPU if there is one."),
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Run code that comes with the language model.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of one of `DTYPES`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+@contextmanager
+def stage_progress() -> Iterator[Advance | None]:
+    """A progress bar for each stage on stderr; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield advance
