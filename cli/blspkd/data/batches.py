@@ -95,7 +95,6 @@ def keep_usable(
     prompt: str,
     max_duration: float,
     max_text_tokens: int,
-    need_response: bool,
 ) -> tuple[list[Record], Counter[str]]:
     """Leave out what cannot be trained on, and say how much and why.
 
@@ -105,7 +104,6 @@ def keep_usable(
         prompt: of records without messages of their own.
         max_duration: seconds.
         max_text_tokens: of prompt, transcript and response together.
-        need_response: drop records without one.
 
     Returns:
         The usable records, and how many were dropped for which reason.
@@ -114,8 +112,6 @@ def keep_usable(
     for record in records:
         if record.duration is not None and record.duration > max_duration:
             dropped[f"longer than {max_duration:g} s"] += 1
-        elif need_response and not record.response:
-            dropped["no response"] += 1
         else:
             turn = processor.tokenize_turn(
                 record_messages(record, prompt), record.text, response=record.response

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from blspkd.model.modeling import BlspKDForConditionalGeneration, BlspKDOutput
 from kd_losses import kl_div_with_logits, response_mask
 
-from .answers import nearest_tokens
-
 CHUNK = 256
 
 
@@ -127,15 +125,20 @@ def _add_tokens(
 ) -> None:
     assert output.adapter.alpha_sum is not None
     speech_mask = batch["speech_mask"].bool()
-    nearest = nearest_tokens(
-        output.speech_vectors[output.adapter.attention_mask], model.embedding_weight()
-    )
+    nearest = nearest_tokens(model, output.speech_vectors[output.adapter.attention_mask])
     means["token_accuracy"].add(nearest == batch["input_ids"][speech_mask])
     predicted = output.adapter.alpha_sum.round().clamp(min=1)
     off = predicted - speech_mask.sum(dim=1)
     means["length_exact"].add(off == 0)
     means["length_within_one"].add(off.abs() <= 1)
     means["length_error"].add(off)
+
+
+def nearest_tokens(model: BlspKDForConditionalGeneration, vectors: Tensor) -> Tensor:
+    """The token whose input embedding is nearest by cosine. vectors (n, H) to (n,) int64."""
+    keys = F.normalize(model.embedding_weight().float(), dim=-1)
+    parts = [(part.float() @ keys.T).argmax(dim=-1) for part in vectors.split(CHUNK)]
+    return torch.cat(parts) if parts else vectors.new_zeros(0, dtype=torch.long)
 
 
 def _logits(model: BlspKDForConditionalGeneration, hidden: Tensor) -> Tensor:

@@ -66,9 +66,10 @@ def load_encoder(
         raise ValueError(
             f"the speech encoder must be a Whisper model; {reference!r} is {config.model_type!r}"
         )
-    model, info = WhisperModel.from_pretrained(
+    loaded: Any = WhisperModel.from_pretrained(
         source, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
+    model, info = loaded
     missing = [key for key in info["missing_keys"] if "encoder." in key and "decoder." not in key]
     if missing:
         raise ValueError(
@@ -83,9 +84,10 @@ def load_transcriber(
     reference: str, *, dtype: torch.dtype
 ) -> WhisperForConditionalGeneration | None:
     """The whole Whisper model, for the cascade; None if the checkpoint has no decoder."""
-    model, info = WhisperForConditionalGeneration.from_pretrained(
+    loaded: Any = WhisperForConditionalGeneration.from_pretrained(
         resolve(reference), dtype=dtype, use_safetensors=True, output_loading_info=True
     )
+    model, info = loaded
     if any("decoder." in key for key in info["missing_keys"]):
         return None
     transcriber: WhisperForConditionalGeneration = model.eval()
@@ -102,7 +104,8 @@ def load_language_model(
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_tokenizer(reference: str, *, trust_remote_code: bool = False) -> Any:

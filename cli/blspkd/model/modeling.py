@@ -173,15 +173,17 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
                 f"({', '.join(missing[:2])}), {len(unknown)} unknown ({', '.join(unknown[:2])})"
             )
         model.load_state_dict(load_file(weights), strict=False)
-        return model.eval()
+        model.eval()
+        return model
 
     def trained_names(self) -> set[str]:
         """Names of the parameters that belong to a checkpoint: all that are trained."""
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the rest goes through **kwargs
         self,
         save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -189,12 +191,15 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
 
         Args:
             save_directory: the folder, made if need be.
+            is_main_process: whether this process is the one that writes.
             state_dict: the weights, if something else gathered them (FSDP, DeepSpeed).
             **kwargs: as :meth:`transformers.PreTrainedModel.save_pretrained`.
         """
         everything = self.state_dict() if state_dict is None else state_dict
         trained = {name: everything[name] for name in sorted(self.trained_names())}
-        super().save_pretrained(save_directory, state_dict=trained, **kwargs)
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=trained, **kwargs
+        )
 
     def train(self, mode: bool = True) -> BlspKDForConditionalGeneration:
         """Switch the trained parts to training mode; frozen parts never drop anything out."""
@@ -209,7 +214,8 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
 
     def embedding_weight(self) -> Tensor:
         """(V, H), the language model's input embeddings."""
-        weight: Tensor = self.language_model.get_input_embeddings().weight
+        embeddings: Any = self.language_model.get_input_embeddings()
+        weight: Tensor = embeddings.weight
         return weight
 
     def head_weight(self) -> Tensor:
@@ -463,7 +469,7 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
         if self.config.plora is not None:
             mode = plora_mask(spliced.speech_mask)
         with mode:
-            tokens: Tensor = self.language_model.generate(
+            tokens: Tensor = self._generate(
                 inputs_embeds=spliced.inputs_embeds,
                 attention_mask=spliced.attention_mask.long(),
                 max_new_tokens=max_new_tokens,
@@ -495,13 +501,18 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
         if self.config.plora is not None:
             mode = plora_disabled(self.language_model)
         with mode:
-            tokens: Tensor = self.language_model.generate(
+            tokens: Tensor = self._generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask.long(),
                 max_new_tokens=max_new_tokens,
                 **generation_kwargs,
             )
         return tokens[:, input_ids.shape[1] :]
+
+    def _generate(self, **options: Any) -> Tensor:
+        language_model: Any = self.language_model
+        tokens: Tensor = language_model.generate(**options)
+        return tokens
 
     # -- construction -------------------------------------------------------------------------
 

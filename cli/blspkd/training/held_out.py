@@ -69,7 +69,11 @@ class HeldOut:
         processor = dataset.processor
         messages = [record_messages(record, dataset.prompt) for record in records]
         from_text = answer_from_text(
-            model, processor, [r.text for r in records], messages, batch_size=EVAL_BATCH_SIZE
+            model,
+            processor,
+            [one.text for one in records],
+            messages,
+            batch_size=EVAL_BATCH_SIZE,
         )
         from_speech = answer_from_speech(
             model, processor, records, messages, batch_size=EVAL_BATCH_SIZE

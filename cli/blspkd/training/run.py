@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
@@ -123,6 +124,8 @@ def train(
         model=model,
         args=training_arguments(config, folder),
         train_dataset=dataset(clips.train),
+        # its own evaluate() does not read it, but Trainer will not evaluate without one
+        eval_dataset=next(iter(held_out.sets.values()), None),
         data_collator=collator,
         callbacks=[RunLog(folder / LOG_NAME), ProgressLine(), stop],
     )
@@ -159,9 +162,15 @@ def build_model(config: TrainConfig) -> BlspKDForConditionalGeneration:
     section = dataclasses.asdict(config.model)
     dtype = getattr(torch, section.pop("dtype"))
     trust_remote_code = section.pop("trust_remote_code")
-    return BlspKDForConditionalGeneration.from_parts(
+    model = BlspKDForConditionalGeneration.from_parts(
         BlspKDConfig(**section), dtype=dtype, trust_remote_code=trust_remote_code
     )
+    if config.optim.gradient_checkpointing:
+        options = {"use_reentrant": False}
+        model.language_model.gradient_checkpointing_enable(options)
+        if config.model.train_encoder:
+            model.speech_encoder.encoder.gradient_checkpointing_enable(options)
+    return model
 
 
 def read_clips(
@@ -174,9 +183,9 @@ def read_clips(
     """
     if not config.data.train:
         raise ValueError("data.train is not set: give a manifest, as `blspkd prepare` writes it")
-    needs_response = config.losses.response_kl.weight > 0 or config.losses.response_ce.weight > 0
+    dropped = Counter[str]()
 
-    def usable(reference: str, limit: int | None, need_response: bool) -> list[Record]:
+    def usable(reference: str, limit: int | None) -> list[Record]:
         records = read_manifest(resolve_manifest(reference, folder / "data"))[:limit]
         kept, why = keep_usable(
             records,
@@ -184,19 +193,23 @@ def read_clips(
             prompt=config.model.prompt,
             max_duration=config.data.max_duration,
             max_text_tokens=config.data.max_text_tokens,
-            need_response=need_response,
         )
         if not kept:
             raise ValueError(f"{reference}: no usable clip is left; dropped: {dict(why)}")
         dropped.update(why)
         return kept
 
-    dropped = Counter[str]()
-    train_records = usable(config.data.train, overfit or config.data.limit, needs_response)
+    train_records = usable(config.data.train, overfit or config.data.limit)
+    wants_responses = config.losses.response_kl.weight > 0 or config.losses.response_ce.weight > 0
+    if wants_responses and not any(record.response for record in train_records):
+        raise ValueError(
+            f"{config.data.train}: no clip has a response, which the response losses need; "
+            "let `blspkd respond` write them, or set losses.response_kl=0"
+        )
     if overfit:
         return Clips(train_records, {"training clips": train_records}, dropped)
     held_out = {
-        name: usable(path, config.data.eval_limit, False) for name, path in config.data.eval.items()
+        name: usable(path, config.data.eval_limit) for name, path in config.data.eval.items()
     }
     trained = {record.audio.resolve() for record in train_records}
     for name, records in held_out.items():
@@ -214,12 +227,11 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     optim = config.optim
     if config.tensorboard:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
-    given = {
+    given: dict[str, Any] = {
         "output_dir": str(folder),
         "seed": config.seed,
         "per_device_train_batch_size": optim.batch_size,
         "gradient_accumulation_steps": optim.gradient_accumulation,
-        "gradient_checkpointing": optim.gradient_checkpointing,
         "learning_rate": optim.learning_rate,
         "lr_scheduler_type": optim.schedule,
         "warmup_steps": optim.warmup_steps,
@@ -230,7 +242,7 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         "bf16": optim.bf16,
         "logging_steps": config.log_steps,
         "logging_first_step": True,
-        "eval_strategy": "no" if config.eval_steps is None else "steps",
+        "eval_strategy": "steps" if config.eval_steps and config.data.eval else "no",
         "eval_steps": config.eval_steps,
         "save_strategy": "no" if config.save_steps is None else "steps",
         "save_steps": config.save_steps or 0,
@@ -255,7 +267,8 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
 def describe_clips(clips: Clips) -> str:
     """How much there is, and what was left out."""
     hours = sum(record.duration or 0.0 for record in clips.train) / 3600
-    parts = [f"{len(clips.train)} training clips ({hours:.2f} h)"]
+    responses = sum(record.response is not None for record in clips.train)
+    parts = [f"{len(clips.train)} training clips ({hours:.2f} h), {responses} with a response"]
     parts += [f"{len(records)} held-out: {name}" for name, records in clips.held_out.items()]
     parts += [f"dropped {count}: {why}" for why, count in clips.dropped.items()]
     return "; ".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class BlspKDTrainer(Trainer):
     """
 
     def __init__(
-        self, config: TrainConfig, measure_held_out: Callable[[nn.Module], Figures], **kwargs: Any
+        self, config: TrainConfig, measure_held_out: Callable[[Any], Figures], **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         self.run_config = config
@@ -58,7 +58,7 @@ class BlspKDTrainer(Trainer):
             seed=self.run_config.seed,
         )
         loader: DataLoader[Any] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # the collator turns clips into tensors
+            dataset,
             batch_size=self.args.train_batch_size,
             sampler=sampler,
             collate_fn=collator,
@@ -143,14 +143,16 @@ class BlspKDTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; no weight decay on vectors, a learning rate of its own for PLoRA if asked for."""
         if self.optimizer is None:
-            groups = _parameter_groups(self.model if model is None else model, self.run_config)
+            target = self.model if model is None else model
+            assert target is not None
+            groups = _parameter_groups(target, self.run_config)
             self.optimizer = torch.optim.AdamW(
                 groups, lr=self.args.learning_rate, betas=(0.9, 0.98), fused=True
             )
         return self.optimizer
 
 
-def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[Mapping[str, Any]]:
+def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Trained parameters by learning rate and weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():

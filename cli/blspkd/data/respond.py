@@ -1,0 +1,137 @@
+"""The language model's own answers to the transcripts: what speech is to be answered with.
+
+Written ahead of training (arXiv 2405.19041, sec. 3.1), greedily, and a line at a time, so that an
+interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blspkd.model.processing import BlspKDProcessor
+
+from .batches import record_messages
+from .manifest import Record, format_record, parse_line, read_lines
+
+
+@dataclass(frozen=True)
+class RespondConfig:
+    """How the responses are written.
+
+    Attributes:
+        prompt: of records without messages of their own.
+        max_new_tokens: a longer response is cut off there, and marked as not finished.
+        batch_size: transcripts answered at once.
+    """
+
+    prompt: str
+    max_new_tokens: int = 48
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse sizes below one."""
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def answered(path: Path) -> list[Record]:
+    """What an earlier run left in ``path``; a last line that was cut off is removed from the file.
+
+    Raises:
+        ManifestError: if any other line is broken.
+    """
+    if not path.exists():
+        return []
+    lines = read_lines(path)
+    if lines[-1]:  # the writer ends every line, so this one is not whole
+        whole = "".join(f"{line}\n" for line in lines[:-1])
+        with path.open("r+", encoding="utf-8") as file:
+            file.truncate(len(whole.encode()))
+    return [
+        parse_line(line, path=path, number=number, check_audio=False)
+        for number, line in enumerate(lines[:-1], start=1)
+        if line.strip()
+    ]
+
+
+def respond(
+    records: Sequence[Record],
+    out: Path,
+    model: PreTrainedModel,
+    processor: BlspKDProcessor,
+    config: RespondConfig,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Append each record, with the language model's response, to ``out``.
+
+    Args:
+        records: those that ``out`` has already, by id, are passed over.
+        out: a manifest, appended to and flushed after every batch.
+        model: a causal LM.
+        processor: its processor.
+        config: how.
+        progress: told (clips done, clips to do).
+
+    Returns:
+        How many responses were written.
+    """
+    done = {record.id for record in answered(out)}
+    todo = [record for record in records if record.id not in done]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with out.open("a", encoding="utf-8") as file:
+        for start in range(0, len(todo), config.batch_size):
+            part = todo[start : start + config.batch_size]
+            for record, (text, finished) in zip(
+                part, _answers(part, model, processor, config), strict=True
+            ):
+                complete = dataclasses.replace(record, response=text, response_finished=finished)
+                file.write(format_record(complete, folder=out.parent) + "\n")
+            file.flush()
+            written += len(part)
+            if progress is not None:
+                progress(written, len(todo))
+    return written
+
+
+@torch.no_grad()
+def _answers(
+    records: Sequence[Record],
+    model: Any,
+    processor: BlspKDProcessor,
+    config: RespondConfig,
+) -> Iterator[tuple[str, bool]]:
+    """Each record's response, and whether it came to its end."""
+    turns = [
+        processor.tokenize_turn(record_messages(record, config.prompt), record.text)
+        for record in records
+    ]
+    batch = processor.pad_turns(turns, padding_side="left")
+    device = next(model.parameters()).device
+    tokens: Tensor = model.generate(
+        input_ids=batch["input_ids"].to(device),
+        attention_mask=batch["attention_mask"].long().to(device),
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    new = tokens[:, batch["input_ids"].shape[1] :]
+    ends = model.generation_config.eos_token_id
+    end_ids = torch.tensor([ends] if isinstance(ends, int) else list(ends or []), device=device)
+    finished = torch.isin(new, end_ids).any(dim=1).tolist()
+    yield from zip(processor.decode_responses(new), finished, strict=True)
