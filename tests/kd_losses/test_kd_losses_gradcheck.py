@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from kd_losses import (
     cif_quantity_loss,
@@ -71,9 +72,9 @@ def test_linear_kl_div_with_a_trainable_head(temperature, teacher_head):
             student,
             weight,
             teacher,
-            fixed_weight if own else weight,
+            fixed_weight if own else None,
             linear_bias=bias,
-            teacher_linear_bias=fixed_bias if own else bias,
+            teacher_linear_bias=fixed_bias if own else None,
             temperature=temperature,
             vocab_size=V,
             chunk_size=4,
@@ -119,9 +120,12 @@ def test_an_adapted_head_passes_the_gradient_on_to_its_adapter():
 def test_the_teacher_is_detached():
     student, teacher = randn(N, H), randn(N, H, seed=1)
     weight, teacher_weight = frozen(V, H, seed=2), randn(V, H, seed=3)
+    trainable = randn(V, H, seed=4)
     linear_kl_div(student, weight, teacher, teacher_weight).backward()
+    linear_kl_div(student, trainable, teacher, teacher_weight).backward()
     kl_div_with_logits(student, teacher).backward()
     assert student.grad is not None
+    assert trainable.grad is not None
     assert teacher.grad is None
     assert teacher_weight.grad is None
 
@@ -198,10 +202,21 @@ def test_backward_can_run_twice_but_not_be_differentiated(name):
         torch.autograd.grad(loss, student, create_graph=True)
 
 
-def test_nothing_is_kept_without_gradients():
+class CountProducts(TorchFunctionMode):
+    products = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.products += func in (torch.Tensor.matmul, torch.Tensor.__matmul__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_gradient_is_computed_where_none_is_wanted():
     student, weight, teacher = randn(N, H), randn(V, H, seed=1), frozen(N, H, seed=2)
-    with torch.no_grad():
+    with CountProducts() as with_gradient:
+        linear_kl_div(student, weight.detach(), teacher)
+    with torch.no_grad(), CountProducts() as without:
         quiet = linear_kl_div(student, weight, teacher)
+    assert (with_gradient.products, without.products) == (3, 2)
     assert not quiet.requires_grad
     assert not linear_kl_div(student.detach(), weight.detach(), teacher).requires_grad
     torch.testing.assert_close(quiet, linear_kl_div(student, weight, teacher).detach())

@@ -111,6 +111,7 @@ def test_nothing_selected_gives_a_zero_that_is_connected(loss, reduction):
     value.backward()
     assert torch.equal(h.grad, torch.zeros_like(h))
     assert loss(h, slice(2, 3), num_items=0).item() == 0
+    assert loss(h, slice(2, 3), num_items=torch.tensor(0)).item() == 0
 
 
 def test_nothing_selected_gives_a_trainable_head_a_zero_gradient():

@@ -101,6 +101,37 @@ def test_biases_count_on_both_sides(dtype):
         assert_no_worse(ours, plain, truth, dtype)
 
 
+@pytest.mark.parametrize("kind", ["shared", "two heads", "trainable", "logits"])
+def test_temperature_squared_multiplies_value_and_gradient(kind):
+    student, weight, teacher = problem(torch.float64)
+
+    def loss(h, **options):
+        if kind == "logits":
+            return kl_div_with_logits(h @ weight.T, teacher @ weight.T, temperature=3.0, **options)
+        head = weight.clone().requires_grad_(kind == "trainable")
+        teacher_weight = weight if kind == "two heads" else None
+        return linear_kl_div(h, head, teacher, teacher_weight, temperature=3.0, **options)
+
+    expected = value_and_gradient(
+        lambda h: 9 * plain_kl(h, weight, teacher, temperature=3.0), student
+    )
+    ours = value_and_gradient(lambda h: loss(h, scale_by_temperature_squared=True), student)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_float16_gradients_do_not_underflow():
+    # p is about 1 / 20,000, its relative change 0.001: q - p is about 5e-8, too small for float16
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20_000, 8, generator=generator).half()
+    teacher = (0.01 * torch.randn(4, 8, generator=generator)).half()
+    student = (teacher + 3e-4 * torch.randn(4, 8, generator=generator)).half()
+    truth = value_and_gradient(
+        lambda h: plain_kl(h, weight.double(), teacher.double(), 1.0), student.double()
+    )
+    ours = value_and_gradient(lambda h: 1024 * linear_kl_div(h, weight, teacher), student)
+    assert error(ours[1] / 1024, truth[1]) < 0.02
+
+
 def test_a_shared_bias_belongs_to_both():
     student, weight, teacher = problem(torch.float64)
     bias = 3 * torch.randn(V, dtype=torch.float64)
@@ -232,6 +263,14 @@ def test_autocast_runs_the_products_in_its_dtype(with_two_heads):
         )
         loss = linear_kl_div(student, weight, teacher, teacher_weight)
     assert loss.dtype == torch.float32
+    if with_two_heads:
+        half = [tensor.bfloat16() for tensor in (student, weight, teacher, teacher_weight)]
+        assert loss == linear_kl_div(*half)
+    else:
+        difference = (student - teacher).bfloat16() @ weight.bfloat16().T
+        teacher_logits = (teacher.bfloat16() @ weight.bfloat16().T).double()
+        expected = kl_div_with_logits(teacher_logits + difference, teacher_logits)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     assert_no_worse(ours, plain, truth, torch.bfloat16)
     # it did run in bfloat16: float32 would be much closer
     assert error(ours[1], truth[1]) > 1e-4
@@ -240,6 +279,18 @@ def test_autocast_runs_the_products_in_its_dtype(with_two_heads):
         cross_entropy = linear_cross_entropy(student, weight, target)
     expected = F.cross_entropy((student.bfloat16() @ weight.bfloat16().T).float(), target)
     torch.testing.assert_close(cross_entropy, expected)
+
+
+def test_autocast_leaves_float64_alone():
+    student, weight, teacher = problem(torch.float64)
+    target = torch.arange(N)
+    expected = (
+        linear_kl_div(student, weight, teacher),
+        linear_cross_entropy(student, weight, target),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_kl_div(student, weight, teacher), linear_cross_entropy(student, weight, target)
+    assert got == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -78,7 +78,7 @@ def forward_kl_from_difference(
             teacher_rows,
         )
     excess = torch.expm1(centred).sub_(centred)
-    # expm1(x) - x may round to just below zero for tiny x
+    # no term is negative, unless a device's expm1(x) rounds to below x
     kl = _row_dot(p, excess).clamp_(min=0).log1p_()
     gradient = centred.sub_(kl).expm1_().mul_(p) if with_gradient else None
     kl = kl.squeeze(-1)

@@ -36,18 +36,17 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         losses = rows.new_empty(len(rows), dtype=accumulation_dtype(head.weight.dtype))
         gradient = torch.empty_like(rows) if with_gradient else None
-        with torch.autocast(rows.device.type, enabled=False):
-            for start in range(0, len(rows), chunk_size):
-                chunk = slice(start, start + chunk_size)
-                index = target[chunk].unsqueeze(-1)
-                log_q = torch.log_softmax(head.logits(rows[chunk], temperature), dim=-1)
-                losses[chunk] = log_q.gather(-1, index).squeeze(-1).neg_()
-                if gradient is not None:
-                    logits_gradient = log_q.exp_()
-                    logits_gradient.scatter_add_(
-                        -1, index, torch.full_like(index, -1, dtype=log_q.dtype)
-                    )
-                    gradient[chunk] = head.pull_back(logits_gradient)
+        for start in range(0, len(rows), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            index = target[chunk].unsqueeze(-1)
+            log_q = torch.log_softmax(head.logits(rows[chunk], temperature), dim=-1)
+            losses[chunk] = log_q.gather(-1, index).squeeze(-1).neg_()
+            if gradient is not None:
+                logits_gradient = log_q.exp_()
+                logits_gradient.scatter_add_(
+                    -1, index, torch.full_like(index, -1, dtype=log_q.dtype)
+                )
+                gradient[chunk] = head.pull_back(logits_gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient)
             ctx.temperature = temperature

@@ -37,6 +37,7 @@ class _FrozenHeadKL(torch.autograd.Function):
     ) -> Tensor:
         losses = student.new_empty(len(student), dtype=accumulation_dtype(head.weight.dtype))
         gradient = torch.empty_like(student) if with_gradient else None
+        # the head is in autocast's dtype already; sums over the vocabulary must stay as they are
         with torch.autocast(student.device.type, enabled=False):
             for start in range(0, len(student), chunk_size):
                 rows = slice(start, start + chunk_size)
