@@ -71,6 +71,8 @@ def test_an_existing_readme_is_kept(llama, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+# peft 0.21 asks transformers 5.23 for a name that it has deprecated
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize(
     "fields", [{}, {"exclude_modules": ["layers.1.mlp.down_proj", "h.1.mlp.c_proj"]}]
 )
