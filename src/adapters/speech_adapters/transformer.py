@@ -149,7 +149,7 @@ class Transformer(nn.Module):
             (B, T, D), zero on padding.
         """
         attention_mask = attention_mask.bool()
-        # A row of padding alone must see something, or its softmax is 0/0 and poisons gradients.
+        # Not every attention backend survives a row that may see nothing: its softmax is 0/0.
         visible = attention_mask | ~attention_mask.any(dim=1, keepdim=True)
         key_mask = visible[:, None, None, :]
         x = x.masked_fill(~attention_mask[..., None], 0.0)
