@@ -66,6 +66,10 @@ def test_bleu_by_hand():
     # precisions 4/5, 3/4, 2/3, 1/2, no brevity penalty: 100 * (1/5) ** (1/4)
     assert metrics.bleu(["a b c d e"], ["a b c d f"]) == pytest.approx(100 * 0.2**0.25, abs=1e-3)
     assert metrics.bleu(["a b c d e"], ["a b c d e"]) == pytest.approx(100)
+    assert metrics.bleu(["yes", "no one"], ["yes", "no one"]) == pytest.approx(100)
+    # precisions 2/3, 1/2 and, smoothed, half a match in one trigram
+    expected = 100 * (2 / 3 * 1 / 2 * 1 / 2) ** (1 / 3)
+    assert metrics.bleu(["a b c"], ["a b d"]) == pytest.approx(expected)
     assert metrics.chrf(["abc"], ["abc"]) == pytest.approx(100)
 
 

@@ -1,0 +1,80 @@
+"""`blspkd generate` as it is typed."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from blspkd.__main__ import main
+
+
+@pytest.fixture
+def generate(tiny_model, capsys):
+    def call(*arguments):
+        code = main(["generate", str(tiny_model), *map(str, arguments), "--max-new-tokens", "5"])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def test_one_clip_gives_its_answer_alone_and_several_give_their_names(generate, tiny_corpus):
+    first, second = tiny_corpus.audio[:2]
+    code, alone, err = generate(first, "--prompt", "Say: {speech}")
+    assert code == 0, err
+    code, both, err = generate(first, second, "--prompt", "Say: {speech}", "--num-beams", "1")
+    assert code == 0, err
+    assert both.startswith(f"==> {first} <==\n{alone}\n==> {second} <==\n")
+
+
+def test_any_rate_and_any_number_of_channels(generate, tmp_path):
+    rng = np.random.default_rng(0)
+    stereo = tmp_path / "stereo.flac"
+    soundfile.write(stereo, 0.1 * rng.standard_normal((8_000, 2)), 8_000)
+    code, out, err = generate(stereo, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["audio"] == str(stereo)
+    assert found["duration"] == pytest.approx(1.0)
+    assert found["silent"] is False
+    assert isinstance(found["answer"], str)
+
+
+def test_silence_is_answered_with_a_warning(generate, tmp_path):
+    silent = tmp_path / "silent.wav"
+    soundfile.write(silent, np.zeros(16_000), 16_000)
+    code, out, err = generate(silent, "--json")
+    assert code == 0
+    assert f"warning: {silent} is silent" in err
+    assert json.loads(out)["silent"] is True
+
+
+def test_bad_input_is_told_before_any_weights_are_loaded(generate, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("blspkd.model.loading.load_model", never)
+    soundfile.write(tmp_path / "short.wav", np.ones(800) * 0.1, 16_000)
+    soundfile.write(tmp_path / "long.wav", np.ones(8_000 * 60) * 0.1, 8_000)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "text.wav").write_text("not audio at all")
+    for name, message in {
+        "no.wav": "no such audio file",
+        "short.wav": "too short",
+        "long.wav": "too long",
+        "empty.wav": "empty",
+        "text.wav": "cannot be decoded",
+    }.items():
+        code, out, err = generate(tmp_path / name)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"Error: {tmp_path / name}")
+        assert message in err
+    code, _, err = generate(tmp_path / "short.wav", "--prompt", "no place for speech")
+    assert (code, "exactly once" in err) == (1, True)
+
+
+def test_sampling_needs_a_sensible_range(generate, tiny_corpus):
+    code, _, err = generate(tiny_corpus.audio[0], "--temperature", "1", "--top-p", "2")
+    assert (code, "top_p" in err) == (1, True)
+    assert generate(tiny_corpus.audio[0], "--num-beams", "0")[0] == 2

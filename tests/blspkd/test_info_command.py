@@ -1,0 +1,84 @@
+"""`blspkd info`: what it says, against what there is."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoModelForCausalLM, WhisperModel
+
+from blspkd.__main__ import main
+from blspkd.model.loading import load_model
+
+
+@pytest.fixture
+def info(capsys):
+    def call(*arguments):
+        code = main(["info", *map(str, arguments)])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def size(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_parameters_are_those_of_the_loaded_model(info, tiny_model, tiny_parts):
+    code, out, err = info(tiny_model, "--json")
+    assert code == 0, err
+    parts = json.loads(out)["parts"]
+    model, _ = load_model(tiny_model)
+    assert parts["adapter"]["trained"] == size(model.adapter)
+    encoder = WhisperModel.from_pretrained(tiny_parts.encoder).encoder
+    assert parts["encoder"]["frozen"] == size(encoder)
+    assert parts["encoder"]["trained"] == 0
+    plain = AutoModelForCausalLM.from_pretrained(tiny_parts.language_model)
+    assert parts["language model"]["frozen"] == size(plain)  # the tied head counts once
+    assert parts["PLoRA"]["trained"] == size(model.language_model) - size(plain)
+    assert sum(part["trained"] for part in parts.values()) == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+
+
+def test_a_run_tells_its_losses_and_steps(info, tiny_model, tmp_path):
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoint-3"
+    shutil.copytree(tiny_model, checkpoint)
+    (run / "config.yaml").write_text(
+        "losses: {input_kl: {weight: 2.0, start: 0.5, stop: 1.0}, temperature: 2.0}\n"
+    )
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    code, out, err = info(checkpoint)
+    assert code == 0, err
+    assert "losses: input_kl 2 from 50% to 100%, temperature 2.0" in out
+    assert "steps: 3" in out
+    assert "adapter" in out
+    code, _, err = info(run)
+    assert (code, "checkpoint-3 can be used" in err) == (1, True)
+
+
+def test_parts_that_moved_away_are_not_at_hand(info, tiny_model):
+    code, out, err = info(tiny_model, "--encoder", "/nowhere/encoder")
+    assert code == 0, err
+    assert "not at hand" in out
+
+
+def test_a_manifest_is_counted(info, tiny_corpus):
+    code, out, err = info(tiny_corpus.manifest, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["clips"] == found["with_response"] == 6
+    durations = [0.6 + 0.15 * i for i in range(6)]
+    assert found["hours"] == pytest.approx(sum(durations) / 3600, rel=1e-3)
+    assert found["other_columns"] == ["translation"]
+    code, out, _ = info(tiny_corpus.manifest)
+    assert out.startswith("6 clips, 0.00 h\nwith a response: 6, without: 0\n")
+
+
+def test_neither_model_nor_manifest(info, tmp_path):
+    code, _, err = info(tmp_path / "nothing")
+    assert (code, "no such" in err) == (1, True)
+    (tmp_path / "broken.jsonl").write_text('{"audio": ')
+    code, _, err = info(tmp_path / "broken.jsonl")
+    assert (code, "broken.jsonl:1" in err) == (1, True)
