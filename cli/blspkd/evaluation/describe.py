@@ -21,7 +21,7 @@ from blspkd.data.manifest import read_manifest
 from blspkd.model.bases import resolve
 from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.loading import load_config
-from blspkd.model.modeling import WEIGHTS_NAME
+from blspkd.model.pretrained import WEIGHTS_NAME
 
 
 def describe_model(

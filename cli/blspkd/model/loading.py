@@ -11,7 +11,8 @@ from transformers.utils import logging as transformers_logging
 
 from .bases import load_feature_extractor, load_tokenizer
 from .configuration import BlspKDConfig
-from .modeling import WEIGHTS_NAME, BlspKDForConditionalGeneration
+from .modeling import BlspKDForConditionalGeneration
+from .pretrained import WEIGHTS_NAME
 from .processing import BlspKDProcessor
 
 

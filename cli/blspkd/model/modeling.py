@@ -6,61 +6,29 @@ H embedding width, V vocabulary.
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from plora import PLoRAConfig, apply_plora, plora_disabled, plora_mask
-from speech_adapters import (
-    AdapterOutput,
-    CFormer,
-    CFormerConfig,
-    ConvSubsampler,
-    ConvSubsamplerConfig,
-)
+from speech_adapters import AdapterOutput
 
-from . import objective
-from .bases import fingerprint, load_encoder, load_language_model
+from .adapting import build_adapter, check_head, soft_embeddings
 from .configuration import BlspKDConfig
 from .encoder import SpeechEncoder
-from .objective import LossWeights, Pass, loss_items
+from .losses import BlspKDOutput, loss_sums
+from .objective import Objective, Pass, loss_items
+from .pretrained import PartsModel
 from .splice import Spliced, splice
 
-WEIGHTS_NAME = "model.safetensors"
+__all__ = ["BlspKDForConditionalGeneration", "BlspKDOutput"]
 
 
-@dataclass
-class BlspKDOutput:
-    """What a training or evaluation pass yields.
-
-    Attributes:
-        loss: scalar, the weighted sum of ``losses``; None without loss weights.
-        losses: each active loss, averaged over its items, detached.
-        adapter: what the adapter made of the speech.
-        speech_vectors: (B, N, H), the adapter's outputs before any soft embedding.
-        student: the pass that read speech; None if no active loss needs it.
-        teacher: the pass that read text, without gradients; None likewise.
-    """
-
-    loss: Tensor | None
-    losses: dict[str, Tensor]
-    adapter: AdapterOutput
-    speech_vectors: Tensor
-    student: Pass | None
-    teacher: Pass | None
-
-
-class BlspKDForConditionalGeneration(PreTrainedModel):
+class BlspKDForConditionalGeneration(PartsModel):
     """A frozen text LLM that reads speech through an adapter (arXiv 2405.19041).
 
     Build one from pretrained parts with :meth:`from_parts`, load a trained one with
@@ -73,7 +41,6 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
         language_model: a loaded causal LM.
     """
 
-    config_class = BlspKDConfig
     main_input_name = "input_features"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
@@ -86,120 +53,17 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
         self.language_model = language_model
         # before adapter and PLoRA: post_init would overwrite their initialisation
         self.post_init()
-        self._check_head()
+        check_head(language_model)
         encoder.requires_grad_(config.train_encoder)
         encoder.embed_positions.requires_grad_(False)
         language_model.requires_grad_(False)
-        self.adapter = self._build_adapter()
+        self.adapter = build_adapter(
+            config,
+            encoder_width=encoder.config.d_model,
+            embedding_weight=self.embedding_weight(),
+        )
         if config.plora is not None:
             apply_plora(language_model, PLoRAConfig.from_dict(config.plora))
-
-    @classmethod
-    def from_parts(
-        cls,
-        config: BlspKDConfig,
-        *,
-        dtype: torch.dtype = torch.float32,
-        trust_remote_code: bool = False,
-    ) -> BlspKDForConditionalGeneration:
-        """Load the two pretrained parts that ``config`` names; adapter and PLoRA start fresh.
-
-        The parts' fingerprints are written into ``config``; if it has them already, they must
-        agree.
-
-        Args:
-            config: names the parts.
-            dtype: of the frozen parts. Adapter, PLoRA and a trained encoder are float32.
-            trust_remote_code: run code that the language model's checkpoint brings along.
-        """
-        encoder = load_encoder(
-            config.encoder, dtype=torch.float32 if config.train_encoder else dtype
-        )
-        language_model = load_language_model(
-            config.language_model, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        for part, module, name in (
-            ("encoder", encoder, config.encoder),
-            ("language_model", language_model, config.language_model),
-        ):
-            found = fingerprint(module)
-            expected = getattr(config, f"{part}_fingerprint")
-            if expected is not None and expected != found:
-                raise ValueError(
-                    f"this checkpoint was trained on another {part}: expected weights {expected}, "
-                    f"{name!r} has {found}; give the path of the right one"
-                )
-            setattr(config, f"{part}_fingerprint", found)
-        return cls(config, encoder, language_model)
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]  # fewer options: the parts load themselves
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        encoder: str | None = None,
-        language_model: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        trust_remote_code: bool = False,
-    ) -> BlspKDForConditionalGeneration:
-        """Load a trained model: its parts from where they came from, the rest from the folder.
-
-        Args:
-            pretrained_model_name_or_path: a folder that :meth:`save_pretrained` wrote.
-            encoder: where the encoder is now, if it moved.
-            language_model: where the language model is now, if it moved.
-            dtype: of the frozen parts.
-            trust_remote_code: see :meth:`from_parts`.
-
-        Raises:
-            ValueError: if a part is not the one the model was trained on, or the folder's weights
-                are not exactly the trained ones.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        weights = folder / WEIGHTS_NAME
-        if not weights.is_file():
-            raise ValueError(f"{folder} is no trained BLSP-KD model: it has no {WEIGHTS_NAME}")
-        config = BlspKDConfig.from_pretrained(str(folder))
-        config.encoder = encoder or config.encoder
-        config.language_model = language_model or config.language_model
-        with safe_open(weights, framework="pt") as archive:
-            stored = set(archive.keys())
-        model = cls.from_parts(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        expected = model.trained_names()
-        if stored != expected:
-            missing, unknown = sorted(expected - stored), sorted(stored - expected)
-            raise ValueError(
-                f"{weights} does not fit its config.json: {len(missing)} weights are missing "
-                f"({', '.join(missing[:2])}), {len(unknown)} unknown ({', '.join(unknown[:2])})"
-            )
-        model.load_state_dict(load_file(weights), strict=False)
-        model.eval()
-        return model
-
-    def trained_names(self) -> set[str]:
-        """Names of the parameters that belong to a checkpoint: all that are trained."""
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def save_pretrained(  # type: ignore[override]  # the rest goes through **kwargs
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write config.json and the trained weights alone; the parts stay where they are.
-
-        Args:
-            save_directory: the folder, made if need be.
-            is_main_process: whether this process is the one that writes.
-            state_dict: the weights, if something else gathered them (FSDP, DeepSpeed).
-            **kwargs: as :meth:`transformers.PreTrainedModel.save_pretrained`.
-        """
-        everything = self.state_dict() if state_dict is None else state_dict
-        trained = {name: everything[name] for name in sorted(self.trained_names())}
-        super().save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=trained, **kwargs
-        )
 
     def train(self, mode: bool = True) -> BlspKDForConditionalGeneration:
         """Switch the trained parts to training mode; frozen parts never drop anything out."""
@@ -267,12 +131,7 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
         if self.config.speech_embedding == "direct":
             return out.hidden_states, out
         weight = self.embedding_weight()
-        scores = F.linear(
-            F.normalize(out.hidden_states.float(), dim=-1).to(weight.dtype),
-            F.normalize(weight.float(), dim=-1).to(weight.dtype),
-        )
-        share = (scores.float() * self.config.token_scale).softmax(dim=-1)
-        return share.to(weight.dtype) @ weight, out
+        return soft_embeddings(out.hidden_states, weight, self.config.token_scale), out
 
     # -- training -----------------------------------------------------------------------------
 
@@ -287,9 +146,7 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
         feature_attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        loss_weights: LossWeights | None = None,
-        temperature: float = 1.0,
-        scale_by_temperature_squared: bool = False,
+        objective: Objective | None = None,
         num_items: dict[str, Tensor] | None = None,
     ) -> BlspKDOutput:
         """Read the same utterances as speech and as text, and compare.
@@ -303,9 +160,7 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
             feature_attention_mask: (B, F).
             encoder_hidden_states: (B, T, D), if the encoder's outputs are cached.
             encoder_attention_mask: (B, T).
-            loss_weights: which losses; None computes no loss but both passes.
-            temperature: of both distributions in the KL losses.
-            scale_by_temperature_squared: multiply the KL losses by temperature squared.
+            objective: which losses, how weighted; None computes no loss but both passes.
             num_items: by loss name, what its sum is divided by; by default this batch's own count.
                 Given under gradient accumulation and data parallelism, see :func:`loss_items`.
         """
@@ -320,8 +175,9 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
             target_lengths=token_counts if aligned else None,
         )
         student = teacher = None
-        if loss_weights is None or loss_weights.reads_language_model:
-            if loss_weights is not None and not loss_weights.reads_response:
+        weights = None if objective is None else objective.weights
+        if weights is None or weights.reads_language_model:
+            if weights is not None and not weights.reads_response:
                 # nothing after the utterance is looked at: leave it out of both passes
                 length = int(
                     (
@@ -342,31 +198,32 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
                 length=input_ids.shape[1] if aligned else None,
             )
             student = self._read(spliced, teacher=False)
-            if loss_weights is None or loss_weights.input_kl > 0 or loss_weights.response_kl > 0:
+            if weights is None or weights.input_kl > 0 or weights.response_kl > 0:
                 text = Spliced(text_embeds, attention_mask, speech_mask, labels)
                 teacher = self._read(text, teacher=True)
         output = BlspKDOutput(None, {}, adapter, adapter.hidden_states, student, teacher)
-        if loss_weights is None:
+        if objective is None:
             return output
-        sums = self._loss_sums(
-            output, loss_weights, input_ids, speech_mask, temperature, scale_by_temperature_squared
+        sums = loss_sums(
+            output,
+            objective,
+            token_ids=input_ids,
+            speech_mask=speech_mask,
+            embedding_weight=self.embedding_weight(),
+            head_weight=self.head_weight(),
+            token_scale=self.config.token_scale,
         )
         counts = num_items if num_items is not None else loss_items(speech_mask, labels)
         means = {name: value / counts[name].clamp(min=1) for name, value in sums.items()}
         output.losses = {name: value.detach() for name, value in means.items()}
-        weighted = [getattr(loss_weights, name) * value for name, value in means.items()]
+        weighted = [getattr(objective.weights, name) * value for name, value in means.items()]
         output.loss = torch.stack(weighted).sum()
         return output
 
     def _read(self, spliced: Spliced, *, teacher: bool) -> Pass:
         """One pass through the language model's layers, without its head."""
-        mode: AbstractContextManager[Any] = nullcontext()
-        if self.config.plora is not None:
-            mode = (
-                plora_disabled(self.language_model) if teacher else plora_mask(spliced.speech_mask)
-            )
         gradients = torch.no_grad() if teacher else nullcontext()
-        with gradients, mode:
+        with gradients, self._plora(None if teacher else spliced.speech_mask):
             hidden = self.language_model.get_decoder()(
                 inputs_embeds=spliced.inputs_embeds,
                 attention_mask=spliced.attention_mask.long(),
@@ -374,50 +231,6 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
             ).last_hidden_state
         assert spliced.labels is not None
         return Pass(hidden, spliced.speech_mask, spliced.labels)
-
-    def _loss_sums(
-        self,
-        output: BlspKDOutput,
-        weights: LossWeights,
-        input_ids: Tensor,
-        speech_mask: Tensor,
-        temperature: float,
-        scale_by_temperature_squared: bool,
-    ) -> dict[str, Tensor]:
-        """Each active loss, summed over its items."""
-        adapter, student, teacher = output.adapter, output.student, output.teacher
-        sums: dict[str, Tensor] = {}
-        if (weights.token > 0 or weights.input_kl > 0) and adapter.alpha_sum is None:
-            raise ValueError(
-                "the token and input_kl losses need one speech embedding per text token, which "
-                f"adapter_type={self.config.adapter_type!r} does not give: set their weights to 0"
-            )
-        if weights.token > 0:
-            sums["token"] = objective.token_loss(
-                output.speech_vectors[adapter.attention_mask],
-                input_ids[speech_mask],
-                self.embedding_weight(),
-                self.config.token_scale,
-            )
-        head = self.head_weight()
-        for name, on in (("input_kl", "input"), ("response_kl", "response")):
-            if getattr(weights, name) > 0:
-                assert student is not None
-                assert teacher is not None
-                sums[name] = objective.kl_loss(
-                    student,
-                    teacher,
-                    head,
-                    on=on,
-                    temperature=temperature,
-                    scale_by_temperature_squared=scale_by_temperature_squared,
-                )
-        if weights.response_ce > 0:
-            assert student is not None
-            sums["response_ce"] = objective.response_ce_loss(student, head)
-        if weights.quantity > 0 and adapter.alpha_sum is not None:
-            sums["quantity"] = objective.quantity_loss(adapter.alpha_sum, speech_mask.sum(dim=1))
-        return sums
 
     # -- inference ----------------------------------------------------------------------------
 
@@ -465,10 +278,7 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
             adapter.attention_mask,
             padding_side="left",
         )
-        mode: AbstractContextManager[Any] = nullcontext()
-        if self.config.plora is not None:
-            mode = plora_mask(spliced.speech_mask)
-        with mode:
+        with self._plora(spliced.speech_mask):
             tokens: Tensor = self._generate(
                 inputs_embeds=spliced.inputs_embeds,
                 attention_mask=spliced.attention_mask.long(),
@@ -497,10 +307,7 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
         Returns:
             (B, R) int64, the new tokens alone.
         """
-        mode: AbstractContextManager[Any] = nullcontext()
-        if self.config.plora is not None:
-            mode = plora_disabled(self.language_model)
-        with mode:
+        with self._plora(None):
             tokens: Tensor = self._generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask.long(),
@@ -509,47 +316,15 @@ class BlspKDForConditionalGeneration(PreTrainedModel):
             )
         return tokens[:, input_ids.shape[1] :]
 
+    def _plora(self, speech_mask: Tensor | None) -> AbstractContextManager[Any]:
+        """PLoRA on these positions (B, S), or nowhere."""
+        if self.config.plora is None:
+            return nullcontext()
+        if speech_mask is None:
+            return plora_disabled(self.language_model)
+        return plora_mask(speech_mask)
+
     def _generate(self, **options: Any) -> Tensor:
         language_model: Any = self.language_model
         tokens: Tensor = language_model.generate(**options)
         return tokens
-
-    # -- construction -------------------------------------------------------------------------
-
-    def _build_adapter(self) -> CFormer | ConvSubsampler:
-        """A fresh adapter between the two parts' widths."""
-        sizes: dict[str, Any] = {
-            "input_size": self.speech_encoder.encoder.config.d_model,
-            "output_size": self.embedding_weight().shape[1],
-            "output_rms": float(self.embedding_weight().float().pow(2).mean().sqrt()),
-        }
-        options = {**sizes, **self.config.adapter}
-        for name in ("input_size", "output_size"):
-            if options[name] != sizes[name]:
-                raise ValueError(
-                    f"adapter.{name} is {options[name]}, the pretrained part has {sizes[name]}: "
-                    "leave it out"
-                )
-        kinds: dict[str, tuple[Any, Any]] = {
-            "cformer": (CFormer, CFormerConfig),
-            "conv": (ConvSubsampler, ConvSubsamplerConfig),
-        }
-        module, config = kinds[self.config.adapter_type]
-        try:
-            adapter: CFormer | ConvSubsampler = module(config(**options))
-        except TypeError as error:
-            raise ValueError(f"adapter: {error}; see {config.__name__}") from error
-        return adapter
-
-    def _check_head(self) -> None:
-        """Refuse heads that are more than a matrix: the fused losses would be wrong, silently."""
-        config = self.language_model.config
-        for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-            value = getattr(config, name, None)
-            if value not in (None, 0, 1, 1.0):
-                raise ValueError(
-                    f"language models with {name}={value} are not supported: the losses read the "
-                    "head as a plain matrix"
-                )
-        if getattr(self.language_model.get_output_embeddings(), "bias", None) is not None:
-            raise ValueError("language models with a bias in their head are not supported")

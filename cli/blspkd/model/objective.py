@@ -6,6 +6,7 @@ Shapes: B batch, S spliced length, L text length, N tokens, H width, V vocabular
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -79,6 +80,26 @@ def loss_items(speech_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a pass is judged by.
+
+    Attributes:
+        weights: of the losses.
+        temperature: of both distributions in the KL losses (2 in the authors' code).
+        scale_by_temperature_squared: multiply the KL losses by the temperature squared.
+    """
+
+    weights: LossWeights
+    temperature: float = 1.0
+    scale_by_temperature_squared: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse temperatures that are no temperature."""
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+
+@dataclass(frozen=True)
 class Pass:
     """One pass through the language model.
 
@@ -118,12 +139,11 @@ def kl_loss(
     student: Pass,
     teacher: Pass,
     head: Tensor,
+    objective: Objective,
     *,
-    on: str,
-    temperature: float,
-    scale_by_temperature_squared: bool,
+    on: Literal["input", "response"],
 ) -> Tensor:
-    """Summed KL(teacher || student) over the utterance ("input") or the response ("response")."""
+    """Summed KL(teacher || student) over the utterance or over the response."""
 
     def selected(one: Pass) -> Tensor:
         return one.speech_mask if on == "input" else response_mask(one.labels)
@@ -134,8 +154,8 @@ def kl_loss(
         teacher.hidden_states,
         mask=selected(student),
         teacher_mask=selected(teacher),
-        temperature=temperature,
-        scale_by_temperature_squared=scale_by_temperature_squared,
+        temperature=objective.temperature,
+        scale_by_temperature_squared=objective.scale_by_temperature_squared,
         reduction="sum",
     )
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from blspkd.data.batches import ClipDataset, Collator, LengthGroupedSampler
-from blspkd.model.objective import loss_items
+from blspkd.model.objective import Objective, loss_items
 
 from .config import TrainConfig
 from .schedule import weights_at
@@ -92,13 +92,10 @@ class BlspKDTrainer(Trainer):
         """The objective of this point of the run, on one micro-batch."""
         losses = self.run_config.losses
         progress = self.state.global_step / max(1, self.state.max_steps)
-        output = model(
-            **inputs,
-            loss_weights=weights_at(losses, progress),
-            temperature=losses.temperature,
-            scale_by_temperature_squared=losses.scale_by_temperature_squared,
-            num_items=self.step_items,
+        objective = Objective(
+            weights_at(losses, progress), losses.temperature, losses.scale_by_temperature_squared
         )
+        output = model(**inputs, objective=objective, num_items=self.step_items)
         for name, value in output.losses.items():
             self.loss_sums[name] = self.loss_sums[name].to(value.device) + value
         self.clips_since_log += len(inputs["input_ids"])

@@ -1,0 +1,87 @@
+"""An adapter that fits between a speech encoder and a language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from speech_adapters import CFormer, CFormerConfig, ConvSubsampler, ConvSubsamplerConfig
+
+from .configuration import BlspKDConfig
+
+
+def build_adapter(
+    config: BlspKDConfig, *, encoder_width: int, embedding_weight: Tensor
+) -> CFormer | ConvSubsampler:
+    """A fresh adapter of the configured type.
+
+    Its outputs start with the root mean square of the language model's embeddings.
+
+    Args:
+        config: names the type and its options.
+        encoder_width: D, what the adapter reads.
+        embedding_weight: (V, H), the space it writes into.
+
+    Raises:
+        ValueError: for options that the adapter does not have, or sizes that do not fit.
+    """
+    sizes: dict[str, Any] = {
+        "input_size": encoder_width,
+        "output_size": embedding_weight.shape[1],
+        "output_rms": float(embedding_weight.float().pow(2).mean().sqrt()),
+    }
+    options = {**sizes, **config.adapter}
+    for name in ("input_size", "output_size"):
+        if options[name] != sizes[name]:
+            raise ValueError(
+                f"adapter.{name} is {options[name]}, the pretrained part has {sizes[name]}: "
+                "leave it out"
+            )
+    kinds: dict[str, tuple[Any, Any]] = {
+        "cformer": (CFormer, CFormerConfig),
+        "conv": (ConvSubsampler, ConvSubsamplerConfig),
+    }
+    module, adapter_config = kinds[config.adapter_type]
+    try:
+        adapter: CFormer | ConvSubsampler = module(adapter_config(**options))
+    except TypeError as error:
+        raise ValueError(f"adapter: {error}; see {adapter_config.__name__}") from error
+    return adapter
+
+
+def soft_embeddings(vectors: Tensor, embedding_weight: Tensor, scale: float) -> Tensor:
+    """Means of the text embeddings, weighted by the softmax of scaled cosines.
+
+    Args:
+        vectors: (B, N, H), any floating dtype.
+        embedding_weight: (V, H).
+        scale: factor on the cosines.
+
+    Returns:
+        (B, N, H) in the dtype of ``embedding_weight``.
+    """
+    dtype = embedding_weight.dtype
+    queries = F.normalize(vectors.float(), dim=-1).to(dtype)
+    keys = F.normalize(embedding_weight.float(), dim=-1).to(dtype)
+    share = (F.linear(queries, keys).float() * scale).softmax(dim=-1)
+    return share.to(dtype) @ embedding_weight
+
+
+def check_head(language_model: PreTrainedModel) -> None:
+    """Refuse heads that are more than a matrix: the fused losses would be wrong, silently.
+
+    Raises:
+        ValueError: if logits are scaled, capped or biased.
+    """
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        value = getattr(language_model.config, name, None)
+        if value not in (None, 0, 1, 1.0):
+            raise ValueError(
+                f"language models with {name}={value} are not supported: the losses read the head "
+                "as a plain matrix"
+            )
+    if getattr(language_model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError("language models with a bias in their head are not supported")

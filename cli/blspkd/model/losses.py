@@ -1,0 +1,94 @@
+"""From a pass over speech and a pass over text to the losses between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from speech_adapters import AdapterOutput
+
+from .objective import (
+    Objective,
+    Pass,
+    kl_loss,
+    quantity_loss,
+    response_ce_loss,
+    token_loss,
+)
+
+
+@dataclass
+class BlspKDOutput:
+    """What a training or evaluation pass yields.
+
+    Attributes:
+        loss: scalar, the weighted sum of ``losses``; None without loss weights.
+        losses: each active loss, averaged over its items, detached.
+        adapter: what the adapter made of the speech.
+        speech_vectors: (B, N, H), the adapter's outputs before any soft embedding.
+        student: the pass that read speech; None if no active loss needs it.
+        teacher: the pass that read text, without gradients; None likewise.
+    """
+
+    loss: Tensor | None
+    losses: dict[str, Tensor]
+    adapter: AdapterOutput
+    speech_vectors: Tensor
+    student: Pass | None
+    teacher: Pass | None
+
+
+def loss_sums(
+    output: BlspKDOutput,
+    objective: Objective,
+    *,
+    token_ids: Tensor,
+    speech_mask: Tensor,
+    embedding_weight: Tensor,
+    head_weight: Tensor,
+    token_scale: float,
+) -> dict[str, Tensor]:
+    """Each active loss, summed over its items.
+
+    Args:
+        output: of the two passes.
+        objective: which losses.
+        token_ids: (B, L) int64, the text.
+        speech_mask: (B, L) bool, True on the transcript.
+        embedding_weight: (V, H), the language model's input embeddings.
+        head_weight: (V, H), its head.
+        token_scale: factor on cosines in the token loss.
+
+    Raises:
+        ValueError: if a loss needs one speech embedding per text token and there is none.
+    """
+    weights = objective.weights
+    adapter, student, teacher = output.adapter, output.student, output.teacher
+    sums: dict[str, Tensor] = {}
+    if (weights.token > 0 or weights.input_kl > 0) and adapter.alpha_sum is None:
+        raise ValueError(
+            "the token and input_kl losses need one speech embedding per text token, which this "
+            "adapter does not give: set their weights to 0, or adapter_type to cformer"
+        )
+    if weights.token > 0:
+        sums["token"] = token_loss(
+            output.speech_vectors[adapter.attention_mask],
+            token_ids[speech_mask],
+            embedding_weight,
+            token_scale,
+        )
+    if weights.input_kl > 0:
+        assert student is not None
+        assert teacher is not None
+        sums["input_kl"] = kl_loss(student, teacher, head_weight, objective, on="input")
+    if weights.response_kl > 0:
+        assert student is not None
+        assert teacher is not None
+        sums["response_kl"] = kl_loss(student, teacher, head_weight, objective, on="response")
+    if weights.response_ce > 0:
+        assert student is not None
+        sums["response_ce"] = response_ce_loss(student, head_weight)
+    if weights.quantity > 0 and adapter.alpha_sum is not None:
+        sums["quantity"] = quantity_loss(adapter.alpha_sum, speech_mask.sum(dim=1))
+    return sums
