@@ -107,7 +107,7 @@ class PartsModel(PreTrainedModel):
                 f"({', '.join(missing[:2])}), {len(unknown)} unknown ({', '.join(unknown[:2])})"
             )
         model.load_state_dict(load_file(weights), strict=False)
-        model.eval()
+        model.train(False)
         return model
 
     def trained_names(self) -> set[str]:

@@ -55,7 +55,7 @@ class BlspKDProcessor(ProcessorMixin):
     """
 
     def __init__(self, feature_extractor: Any, tokenizer: Any) -> None:
-        super().__init__(feature_extractor, tokenizer)
+        super().__init__(feature_extractor, tokenizer)  # type: ignore[no-untyped-call]  # transformers
         self._pieces: dict[str, tuple[list[int], str, list[int]]] = {}
 
     def features(self, audio: np.ndarray | str | Path) -> np.ndarray:
