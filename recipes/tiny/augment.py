@@ -24,18 +24,21 @@ def frame_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width) < lengths[:, None]
 
 
-def augment(x: Tensor, lengths: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def augment(
+    x: Tensor, lengths: Tensor, generator: torch.Generator, *, pace: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
     """Another speed, throat, room and loudness for each clip of the batch, and SpecAugment.
 
     Args:
         x: (B, M, F) Whisper log-mel features.
         lengths: (B,) real frames.
         generator: where the randomness comes from.
+        pace: least and largest factor on the duration, one drawn for the batch.
 
     Returns:
         Features of the same layout and their lengths.
     """
-    x, lengths = _warp(x, lengths, generator)
+    x, lengths = _warp(x, lengths, generator, pace)
     x = _noise(x, generator)
     mask = frame_mask(lengths, x.shape[-1])
     return _spec_augment(x, lengths, generator) * mask[:, None], lengths
@@ -45,10 +48,12 @@ def _uniform(low: float, high: float, shape: tuple[int, ...], generator: torch.G
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def _warp(x: Tensor, lengths: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _warp(
+    x: Tensor, lengths: Tensor, generator: torch.Generator, pace: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
     """One speed factor for the batch, one shift and stretch of the mel axis for each clip."""
     batch, bins, frames = x.shape
-    width = max(1, int(frames * float(_uniform(0.7, 1.1, (1,), generator))))
+    width = max(1, int(frames * float(_uniform(*pace, (1,), generator))))
     lengths = (lengths * width).div(frames, rounding_mode="floor").clamp(min=1)
     scale = _uniform(0.93, 1.07, (batch, 1, 1), generator)
     shift = _uniform(-0.05, 0.05, (batch, 1, 1), generator)
@@ -60,12 +65,12 @@ def _warp(x: Tensor, lengths: Tensor, generator: torch.Generator) -> tuple[Tenso
 
 
 def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Coloured noise at 3 to 40 dB below the speech, a channel's tilt, and a gain."""
+    """Coloured noise at 8 to 45 dB below the speech, a channel's tilt, and a gain."""
     batch, bins, frames = x.shape
     power = 10.0 ** (4.0 * x - 4.0)
     knots = torch.randn(batch, 1, 6, generator=generator)
     colour = 10.0 ** (0.5 * F.interpolate(knots, bins, mode="linear", align_corners=True))
-    level = 10.0 ** (-_uniform(0.3, 4.0, (batch, 1, 1), generator))
+    level = 10.0 ** (-_uniform(0.8, 4.5, (batch, 1, 1), generator))
     grain = -torch.log(torch.rand(batch, bins, frames, generator=generator).clamp(min=1e-6))
     colour = colour.transpose(1, 2) / colour.mean(dim=2, keepdim=True)
     power = power + power.mean(dim=(1, 2), keepdim=True) * level * colour * (0.5 + 0.5 * grain)
@@ -77,16 +82,16 @@ def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _spec_augment(x: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
-    """Two bands of up to 12 mels and two gaps of up to 12 frames become the clip's mean."""
+    """Two bands of up to 8 mels and two gaps of up to 8 frames become the clip's mean."""
     batch, bins, frames = x.shape
     mean = x.mean(dim=(1, 2), keepdim=True)
     hidden = torch.zeros(batch, bins, frames, dtype=torch.bool)
     mel, time = torch.arange(bins)[None, :, None], torch.arange(frames)[None, None, :]
     for _ in range(2):
-        size = _uniform(0, 12, (batch, 1, 1), generator)
+        size = _uniform(0, 8, (batch, 1, 1), generator)
         first = _uniform(0, 1, (batch, 1, 1), generator) * (bins - size)
         hidden |= (mel >= first) & (mel < first + size)
-        size = _uniform(0, 12, (batch, 1, 1), generator)
+        size = _uniform(0, 8, (batch, 1, 1), generator)
         first = _uniform(0, 1, (batch, 1, 1), generator) * (lengths[:, None, None] - size)
         hidden |= (time >= first) & (time < first + size)
     return torch.where(hidden, mean, x)

@@ -1,4 +1,4 @@
-"""Makes the spoken clips that the package ships: clips.tar, train.jsonl, test.jsonl.
+"""Makes clips.tar, the spoken clips that the package ships, with train.jsonl and test.jsonl inside.
 
     python recipes/tiny/pack_clips.py --llm cli/blspkd/tiny/llm --out cli/blspkd/tiny \
         [--train 960] [--seed 7]
@@ -21,7 +21,7 @@ import soundfile
 import torch
 from dialogs import PROMPTS
 from facts import facts
-from pretrain_llm import answer
+from pretrain_llm import answers
 from speak import SAMPLE_RATE, UNSEEN, VOICES, Voice, say
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from world import free_sentence, questions, vocabulary
@@ -120,6 +120,7 @@ def main() -> None:
         ("train", task, text, rng.choice(VOICE_NAMES)) for task, text in plan_train(args.train, rng)
     ]
     plan += plan_test(rng)
+    replies = answers(model, tokenizer, [(PROMPTS[task], text) for _, task, text, _ in plan])
     lines: dict[str, list[str]] = {"train": [], "test": []}
     with tarfile.open(args.out / "clips.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, (split, task, text, voice) in enumerate(plan):
@@ -129,7 +130,7 @@ def main() -> None:
             info = tarfile.TarInfo(f"clips/{name}.ogg")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-            response, finished = answer(model, tokenizer, PROMPTS[task], text)
+            response, finished = replies[number]
             row = {
                 "audio": info.name,
                 "text": text,
@@ -144,9 +145,12 @@ def main() -> None:
             if split != "train":
                 row["split"] = split
             lines["train" if split == "train" else "test"].append(json.dumps(row))
-    for name, rows in lines.items():
-        (args.out / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-        print(name, len(rows), "clips")
+        for name, rows in lines.items():
+            data = ("\n".join(rows) + "\n").encode()
+            info = tarfile.TarInfo(f"{name}.jsonl")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+            print(name, len(rows), "clips")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import jiwer
 import numpy as np
 import torch
 from augment import augment, frame_mask, pad
-from safetensors.torch import save_file
+from flat_start import alignment_loss, spoken_part, spread
+from safetensors.torch import load_file, save_file
 from speak import SAMPLE_RATE, UNSEEN, VOICES, say
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +30,9 @@ from world import free_sentence, questions
 
 from blspkd.model.encoder import SpeechEncoder
 
+# steps that new heads train alone, so that they don't spoil an encoder that is gone on from
+HEADS_FIRST = 60
+QUICK, NATURAL = (0.55, 0.8), (0.7, 1.1)
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
 
 
@@ -38,6 +42,9 @@ class CTCPretrainer(nn.Module):
     def __init__(self, config: WhisperConfig, tokens: int) -> None:
         super().__init__()
         self.speech = SpeechEncoder(WhisperEncoder(config))
+        # so that the sound is not drowned by the positions, whose sinusoids have fixed size
+        nn.init.normal_(self.speech.encoder.conv1.weight, std=0.15)
+        nn.init.normal_(self.speech.encoder.conv2.weight, std=0.12)
         # in bfloat16 on a CPU the plain attention trains at twice the speed of the fused one
         self.speech.encoder.set_attn_implementation("eager")
         self.middle: Tensor | None = None
@@ -73,10 +80,14 @@ def load_big(
     """Features and texts of the large set."""
     audio = np.load(folder / "big.npy", mmap_mode="r")
     rows = [json.loads(line) for line in (folder / "big.jsonl").read_text().splitlines()]
-    features = []
-    for row in rows:
-        clip = audio[row["start"] : row["start"] + row["length"]]
-        features.append(extract(extractor, clip.astype(np.float32) / 32768))
+    cache = folder / "features.npz"
+    if not cache.exists():
+        clips = (audio[row["start"] : row["start"] + row["length"]] for row in rows)
+        features = [extract(extractor, clip.astype(np.float32) / 32768) for clip in clips]
+        ends = np.cumsum([f.shape[1] for f in features])
+        np.savez(cache, frames=np.concatenate(features, axis=1), ends=ends)
+    stored = np.load(cache)
+    features = np.split(stored["frames"], stored["ends"][:-1], axis=1)
     return features, [row["text"] for row in rows]
 
 
@@ -160,7 +171,9 @@ def main() -> None:
     parser.add_argument("--big", type=Path, required=True)
     parser.add_argument("--llm", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="go on from this encoder, with new heads")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--flat-steps", type=int, default=200)
     parser.add_argument("--frames", type=int, default=4000)
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=1)
@@ -173,17 +186,23 @@ def main() -> None:
     config = WhisperConfig(
         d_model=144, encoder_layers=4, encoder_attention_heads=4, encoder_ffn_dim=576,
         decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=576, num_mel_bins=80,
-        max_source_positions=1500, dropout=0.05, attention_dropout=0.0, init_std=0.05,
+        max_source_positions=1500, dropout=0.0, attention_dropout=0.0, init_std=0.05,
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.bos_token_id, architectures=["WhisperModel"],
     )  # fmt: skip
     model = CTCPretrainer(config, len(tokenizer))
+    if args.start:
+        stored = load_file(args.start / "model.safetensors")
+        encoder = {k.removeprefix("model.encoder."): v for k, v in stored.items()}
+        model.speech.encoder.load_state_dict(encoder)
     print(sum(p.numel() for p in model.speech.parameters()), "parameters", flush=True)
     features, texts = load_big(args.big, extractor)
     tests = test_sets(extractor)
     letters = [[LETTERS.index(c) + 1 for c in text] for text in texts]
     tokens = [[u + 1 for u in tokenizer(" " + text)["input_ids"]] for text in texts]
+    sizes = [[len(tokenizer.decode([u - 1])) for u in row] for row in tokens]
+    parts = [spoken_part(f) for f in features]
     lengths = [f.shape[1] for f in features]
     total = args.epochs * len(batches(lengths, args.frames, random.Random(0)))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -194,17 +213,35 @@ def main() -> None:
             warm = min(1.0, (step + 1) / 150)
             decayed = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
             optimizer.param_groups[0]["lr"] = args.lr * warm * decayed
-            x, n = augment(*pad([features[i] for i in batch]), generator)
+            flat = step < args.flat_steps
+            x, n = pad([features[i] for i in batch])
+            if not flat:
+                # quick speech has fewer frames, so most of the training runs on it
+                pace = QUICK if step < 0.65 * total else NATURAL
+                x, n = augment(x, n, generator, pace=pace)
             with torch.autocast("cpu", torch.bfloat16):
                 by_letter, by_token, frames = model(x, n)
-            letter_loss = ctc(by_letter, frames, [letters[i] for i in batch])
-            token_loss = ctc(by_token, frames, [tokens[i] for i in batch])
+            if flat:
+                rows = list(zip(batch, frames.tolist(), strict=True))
+                ones = {i: [1] * len(letters[i]) for i in batch}
+                letter_loss = alignment_loss(
+                    by_letter, [spread(letters[i], ones[i], parts[i], t) for i, t in rows]
+                )
+                token_loss = alignment_loss(
+                    by_token, [spread(tokens[i], sizes[i], parts[i], t) for i, t in rows]
+                )
+            else:
+                letter_loss = ctc(by_letter, frames, [letters[i] for i in batch])
+                token_loss = ctc(by_token, frames, [tokens[i] for i in batch])
             optimizer.zero_grad()
             (0.5 * letter_loss + 0.5 * token_loss).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            if args.start and step < HEADS_FIRST:
+                for parameter in model.speech.parameters():
+                    parameter.grad = None
             optimizer.step()
             step += 1
-            if step % 50 == 0:
+            if step % 25 == 0:
                 print(
                     f"step {step}/{total} letters {letter_loss.item():.3f} "
                     f"tokens {token_loss.item():.3f} {time.monotonic() - began:.0f} s",

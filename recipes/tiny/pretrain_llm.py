@@ -1,6 +1,6 @@
 """Pretrains the tiny chat LLM and its tokenizer on dialogs over the little world.
 
-    python recipes/tiny/pretrain_llm.py --out cli/blspkd/tiny/llm [--steps 4000] [--seed 1]
+    python recipes/tiny/pretrain_llm.py --out cli/blspkd/tiny/llm [--steps 3600] [--seed 1]
 
 A Llama of about a million parameters, one CPU thread. Every dialog is drawn afresh, so no epoch
 repeats; the loss is taken on the response and, with a smaller weight, on the transcript, so that
@@ -152,17 +152,30 @@ def train(
 
 
 @torch.no_grad()
-def answer(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, text: str
-) -> tuple[str, bool]:
-    """The greedy answer, and whether it ended with the end token within 64 tokens."""
-    pieces = prompt_pieces(tokenizer, prompt, text)
-    ids = torch.tensor([[token for piece in pieces for token in piece]])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64
-    )[0, ids.shape[1] :]
-    finished = out[-1].item() == tokenizer.eos_token_id
-    return tokenizer.decode(out, skip_special_tokens=True).strip(), finished
+def answers(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    turns: list[tuple[str, str]],
+) -> list[tuple[str, bool]]:
+    """Greedy answers to (prompt, text) turns, and whether each ended with the end token."""
+    out = []
+    for start in range(0, len(turns), 50):
+        rows = []
+        for prompt, text in turns[start : start + 50]:
+            pieces = prompt_pieces(tokenizer, prompt, text)
+            rows.append([token for piece in pieces for token in piece])
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+        mask = ids != tokenizer.pad_token_id
+        new = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=64
+        )[:, width:]
+        for row in new.tolist():
+            finished = tokenizer.eos_token_id in row
+            out.append((tokenizer.decode(row, skip_special_tokens=True).strip(), finished))
+    return out
 
 
 def evaluate(
@@ -179,19 +192,20 @@ def evaluate(
     asked = questions(held_out=True)
     asked = rng.sample(asked, min(count, len(asked)))
     tests["question"] = [Dialog(PROMPTS["question"], q, a) for q, a in asked]
-    return {
-        name: sum(answer(model, tokenizer, d.prompt, d.text) == (d.response, True) for d in rows)
-        / len(rows)
-        for name, rows in tests.items()
-    }
+    shares = {}
+    for name, rows in tests.items():
+        got = answers(model, tokenizer, [(d.prompt, d.text) for d in rows])
+        right = sum(g == (d.response, True) for g, d in zip(got, rows, strict=True))
+        shares[name] = right / len(rows)
+    return shares
 
 
 def main() -> None:
     """Pretrains and writes the LLM and its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
