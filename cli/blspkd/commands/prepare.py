@@ -32,6 +32,13 @@ _DEFAULTS = PrepareConfig()
     default=_DEFAULTS.case,
     help="Case of the transcripts.",
 )
+@click.option(
+    "--punctuation",
+    type=click.Choice(("keep", "strip")),
+    default=_DEFAULTS.punctuation,
+    show_default=True,
+    help="What becomes of punctuation in transcripts.",
+)
 @click.option("--jobs", default=1, type=click.IntRange(1), help="Files decoded at a time.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as json.")
@@ -41,6 +48,7 @@ def command(
     min_duration: float,
     max_duration: float,
     case: Literal["keep", "lower"],
+    punctuation: Literal["keep", "strip"],
     jobs: int,
     force: bool,
     as_json: bool,
@@ -52,7 +60,9 @@ def command(
     """
     if out.exists() and not force:
         raise click.ClickException(f"{out}: exists already; --force replaces it")
-    config = PrepareConfig(min_duration=min_duration, max_duration=max_duration, case=case)
+    config = PrepareConfig(
+        min_duration=min_duration, max_duration=max_duration, case=case, punctuation=punctuation
+    )
     summary = prepare(source, out, config=config, jobs=jobs, progress=_progress)
     for line in _describe(summary, out):
         click.echo(line, err=True)

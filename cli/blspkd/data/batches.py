@@ -5,9 +5,11 @@ Shapes: B batch, M mel bins, F mel frames, T encoder frames, D encoder width, L 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from blspkd.model.processing import BlspKDProcessor, Messages, TokenizedTurn, as_messages
 
 from .features import FeatureCache
-from .manifest import Record
+from .manifest import Record, read_manifest
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,28 @@ class ClipDataset(Dataset[Clip]):
 def record_messages(record: Record, prompt: str) -> Messages:
     """The chat turns of a record: its own, or the given prompt as one user turn."""
     return record.messages if record.messages is not None else as_messages(prompt)
+
+
+def join_responses(records: Sequence[Record], manifest: Path) -> list[Record]:
+    """Give records the responses that another manifest has for their ids.
+
+    Raises:
+        ValueError: if it has none for any of them.
+    """
+    answered = {record.id: record for record in read_manifest(manifest, check_audio=False)}
+    joined = [
+        dataclasses.replace(
+            record,
+            response=answered[record.id].response,
+            response_finished=answered[record.id].response_finished,
+        )
+        if record.id in answered
+        else record
+        for record in records
+    ]
+    if not any(record.id in answered for record in records):
+        raise ValueError(f"{manifest} answers none of the training clips: no id is in both")
+    return joined
 
 
 def keep_usable(

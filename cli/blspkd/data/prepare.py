@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +31,13 @@ class PrepareConfig:
         min_duration: Seconds.
         max_duration: Seconds; a Whisper encoder hears 30.
         case: "lower" writes transcripts in lower case, "keep" leaves them as they are.
+        punctuation: "strip" leaves words alone (letters, digits, apostrophes), "keep" everything.
     """
 
     min_duration: float = 0.5
     max_duration: float = MAX_DURATION
     case: Literal["keep", "lower"] = "keep"
+    punctuation: Literal["keep", "strip"] = "keep"
 
     def __post_init__(self) -> None:
         if not MIN_DURATION <= self.min_duration < self.max_duration <= MAX_DURATION:
@@ -44,6 +47,14 @@ class PrepareConfig:
             )
         if self.case not in ("keep", "lower"):
             raise ValueError(f"case: expected 'keep' or 'lower', got {self.case!r}")
+        if self.punctuation not in ("keep", "strip"):
+            raise ValueError(f"punctuation: expected 'keep' or 'strip', got {self.punctuation!r}")
+
+    def write_text(self, text: str) -> str:
+        """A transcript as this configuration has it."""
+        if self.punctuation == "strip":
+            text = " ".join(re.sub(r"[^\w\s']|_", " ", text.replace("\u2019", "'")).split())
+        return text.lower() if self.case == "lower" else text
 
 
 @dataclass
@@ -133,10 +144,12 @@ def check_clip(item: Record | Dropped, config: PrepareConfig) -> Record | Droppe
         return Dropped(error.reason, str(error))
     if is_silent(waveform):
         return Dropped("silent", f"{item.audio}: no sound in it")
-    text = " ".join(item.text.split())
+    text = config.write_text(" ".join(item.text.split()))
+    if not text:
+        return Dropped("empty transcript", f"{item.audio}: no word in {item.text!r}")
     return dataclasses.replace(
         item,
-        text=text.lower() if config.case == "lower" else text,
+        text=text,
         duration=round(len(waveform) / info.sampling_rate, 3),
     )
 

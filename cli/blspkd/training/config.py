@@ -54,6 +54,8 @@ class DataSection:
 
     Attributes:
         train: a manifest.
+        responses: a manifest that `blspkd respond` wrote for some of the training clips; its
+            responses are joined to them by id.
         eval: manifests of held-out clips, by name; never trained on.
         max_duration: seconds; longer clips are dropped and counted.
         max_text_tokens: of prompt, transcript and response; longer ones are dropped and counted.
@@ -64,6 +66,7 @@ class DataSection:
     """
 
     train: str = ""
+    responses: str | None = None
     eval: dict[str, str] = field(default_factory=dict)
     max_duration: float = 30.0
     max_text_tokens: int = 384

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from blspkd.data.batches import ClipDataset, Collator, keep_usable
+from blspkd.data.batches import ClipDataset, Collator, join_responses, keep_usable
 from blspkd.data.builtin import resolve_manifest
 from blspkd.data.features import FeatureCache
 from blspkd.data.manifest import Record, read_manifest
@@ -200,6 +200,8 @@ def read_clips(
         return kept
 
     train_records = usable(config.data.train, overfit or config.data.limit)
+    if config.data.responses is not None:
+        train_records = join_responses(train_records, Path(config.data.responses))
     wants_responses = config.losses.response_kl.weight > 0 or config.losses.response_ce.weight > 0
     if wants_responses and not any(record.response for record in train_records):
         raise ValueError(

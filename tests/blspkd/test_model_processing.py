@@ -1,0 +1,128 @@
+"""Prompt, transcript and response become ids whose borders never move."""
+
+import numpy as np
+import pytest
+
+from blspkd.model.bases import load_feature_extractor, load_tokenizer
+from blspkd.model.processing import BlspKDProcessor, as_messages
+from blspkd.model.splice import IGNORE_INDEX
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_parts):
+    return BlspKDProcessor(
+        load_feature_extractor(str(tiny_parts.encoder)),
+        load_tokenizer(str(tiny_parts.language_model)),
+    )
+
+
+def _text(processor, ids):
+    return processor.tokenizer.decode(ids)
+
+
+def test_a_turn_is_the_chat_template_around_the_transcript(processor):
+    turn = processor.tokenize_turn(
+        as_messages("Repeat: {speech}"), "the old man", response="he found", response_finished=True
+    )
+    assert _text(processor, turn.input_ids) == (
+        "<|im_start|>user\nRepeat: the old man<|im_end|>\n<|im_start|>assistant\nhe found<|im_end|>"
+    )
+    spoken = [i for i, m in zip(turn.input_ids, turn.speech_mask, strict=True) if m]
+    assert _text(processor, spoken) == " the old man"  # the space belongs to the word
+    target = [label for label in turn.labels if label != IGNORE_INDEX]
+    assert _text(processor, target) == "he found<|im_end|>"
+    assert turn.labels[-len(target) :] == target
+
+
+def test_a_response_that_was_cut_off_has_no_end(processor):
+    turn = processor.tokenize_turn(
+        as_messages("{speech}"), "the sea", response="he", response_finished=False
+    )
+    assert turn.labels[-1] != processor.tokenizer.eos_token_id
+
+
+def test_the_prompt_is_the_same_whatever_is_said(processor):
+    turns = [
+        processor.tokenize_turn(as_messages("Repeat: {speech}"), text)
+        for text in ("the sea", "zzz", None)
+    ]
+    prompts = [
+        [i for i, m in zip(turn.input_ids, turn.speech_mask, strict=True) if not m]
+        for turn in turns
+    ]
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
+def test_special_tokens_in_a_transcript_are_only_text(processor):
+    turn = processor.tokenize_turn(as_messages("{speech}"), "say <|im_end|> now")
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    spoken = [i for i, m in zip(turn.input_ids, turn.speech_mask, strict=True) if m]
+    assert end not in spoken
+    assert _text(processor, spoken) == "say <|im_end|> now"
+
+
+@pytest.mark.parametrize(
+    "messages", [as_messages("no place"), as_messages("{speech} and {speech}")]
+)
+def test_there_is_exactly_one_place_for_speech(processor, messages):
+    with pytest.raises(ValueError, match="exactly once"):
+        processor.tokenize_turn(messages, "the sea")
+
+
+def test_a_model_without_chat_template_reads_the_bare_prompt(processor, monkeypatch):
+    monkeypatch.setattr(processor.tokenizer, "chat_template", None)
+    fresh = BlspKDProcessor(processor.feature_extractor, processor.tokenizer)
+    turn = fresh.tokenize_turn(as_messages("Say {speech} again"), "the sea")
+    assert _text(processor, turn.input_ids) == "Say the sea again"
+    with pytest.raises(ValueError, match="no chat template"):
+        fresh.tokenize_turn([{"role": "system", "content": "x"}, *as_messages("{speech}")], "a")
+
+
+def test_a_batch_for_forward_and_one_for_generate(processor, tiny_corpus):
+    clips = list(tiny_corpus.audio[:2])
+    training = processor(
+        clips,
+        prompt="{speech}",
+        transcripts=tiny_corpus.texts[:2],
+        responses=tiny_corpus.responses[:2],
+    )
+    assert set(training) == {
+        "input_ids",
+        "attention_mask",
+        "speech_mask",
+        "labels",
+        "input_features",
+        "feature_attention_mask",
+    }
+    asking = processor(clips, prompt="{speech}")
+    assert "labels" not in asking
+    assert asking["speech_mask"].sum(dim=1).tolist() == [1, 1]
+    # 0.6 s and 0.75 s at 100 frames a second
+    assert asking["feature_attention_mask"].sum(dim=1).tolist() == [60, 75]
+    assert (asking["input_features"][0, :, 60:] == 0).all()
+
+
+def test_samples_and_file_give_the_same_features(processor, tiny_corpus):
+    import soundfile
+
+    samples, _ = soundfile.read(tiny_corpus.audio[0], dtype="float32")
+    expected = processor.features(tiny_corpus.audio[0])
+    assert np.array_equal(processor.features(samples), expected)
+
+
+def test_full_window_pads_to_thirty_seconds(processor, tiny_corpus):
+    batch = processor([tiny_corpus.audio[0]], prompt="{speech}", full_window=True)
+    assert batch["input_features"].shape[-1] == 3000
+    assert batch["feature_attention_mask"].sum() == 60
+
+
+def test_one_of_messages_and_prompt(processor, tiny_corpus):
+    with pytest.raises(ValueError, match="either messages or prompt"):
+        processor(tiny_corpus.audio[0])
+
+
+def test_saved_and_loaded(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    again = BlspKDProcessor.from_pretrained(tmp_path)
+    turn = as_messages("Repeat: {speech}")
+    assert again.tokenize_turn(turn, "the sea") == processor.tokenize_turn(turn, "the sea")
