@@ -32,7 +32,7 @@ def read_lines(path):
 
 
 def test_three_rows_and_a_report(run, tiny_corpus):
-    log = [{"step": s, "loss": 3.0 / s, "eval/tts/input_kl": 1.0 / s} for s in (1, 2, 3)]
+    log = [{"step": s, "loss": 3.0 / s, "eval_tts/input_kl": 1.0 / s} for s in (1, 2, 3)]
     (run.folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
     code, out, err = run(tiny_corpus.manifest, "--task", "asr", "--plots", "1")
     assert code == 0, err

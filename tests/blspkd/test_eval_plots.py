@@ -23,9 +23,10 @@ def test_curves_gather_numbers_by_step():
     lines = [
         {"step": 1, "loss": 2.0, "epoch": 0.1, "note": "x"},
         {"loss": 9.0},
-        {"step": 2, "loss": 1.0, "eval/a/input_kl": 3, "done": True},
+        {"step": 2, "loss": 1.0, "eval_a/input_kl": 3, "done": True},
+        {"step": 2, "train_runtime": 9.0, "total_flos": 0.0},
     ]
-    assert curves_of(lines) == {"loss": [(1, 2.0), (2, 1.0)], "eval/a/input_kl": [(2, 3.0)]}
+    assert curves_of(lines) == {"loss": [(1, 2.0), (2, 1.0)], "eval_a/input_kl": [(2, 3.0)]}
 
 
 def test_a_checkpoint_finds_its_run_s_log_and_half_a_line_does_no_harm(tmp_path):
@@ -38,13 +39,15 @@ def test_a_checkpoint_finds_its_run_s_log_and_half_a_line_does_no_harm(tmp_path)
     assert read_curves(checkpoint) == {"loss": [(1, 5.0)]}
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_curves(tmp_path) == {"loss": [(1, 2.0)]}
+    (tmp_path / "before.json").write_text('{"a/input_kl": 4.0}')
+    assert read_curves(checkpoint)["eval_a/input_kl"] == [(0, 4.0)]
     other = tmp_path / "model"
     other.mkdir()
     assert read_curves(other) == {}
 
 
 def test_curves_are_drawn_with_a_panel_for_each_measure(tmp_path):
-    names = ("loss", "loss/token", "eval/a/kl", "eval/b/kl", "eval/a/acc", "clips_per_second")
+    names = ("loss", "loss/token", "eval_a/kl", "eval_b/kl", "eval_a/acc", "clips_per_second")
     path = tmp_path / "new" / "curves.png"
     plot_curves({name: [(1, 1.0), (2, 0.5)] for name in names}, path)
     assert path.read_bytes()[:4] == PNG

@@ -45,8 +45,12 @@ def test_a_run_tells_its_losses_and_steps(info, tiny_model, tmp_path):
     run = tmp_path / "run"
     checkpoint = run / "checkpoint-3"
     shutil.copytree(tiny_model, checkpoint)
-    (run / "config.yaml").write_text(
-        "losses: {input_kl: {weight: 2.0, start: 0.5, stop: 1.0}, temperature: 2.0}\n"
+    (run / "train.yaml").write_text(
+        "config:\n"
+        "  losses:\n"
+        "    token: {weight: 0.0, start: 0.0, stop: 1.0}\n"
+        "    input_kl: {weight: 2.0, start: 0.5, stop: 1.0}\n"
+        "    temperature: 2.0\n"
     )
     (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
     code, out, err = info(checkpoint)

@@ -126,7 +126,8 @@ def model_text(found: Mapping[str, Any]) -> str:
     ]
     for name in ("adapter", "losses", "versions"):
         if found[name]:
-            options = ", ".join(f"{key} {_brief(value)}" for key, value in found[name].items())
+            shown = {key: value for key, value in found[name].items() if not _is_off(value)}
+            options = ", ".join(f"{key} {_brief(value)}" for key, value in shown.items())
             lines.append(f"{name}: {options}")
     return "\n".join(lines)
 
@@ -188,9 +189,10 @@ def _recorded_losses(folder: Path) -> dict[str, Any] | None:
     for home in _homes(folder):
         for path in sorted(home.glob("*.yaml")):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and isinstance(content.get("losses"), dict):
-                losses: dict[str, Any] = content["losses"]
-                return losses
+            if isinstance(content, dict):
+                losses = content.get("config", content).get("losses")
+                if isinstance(losses, dict):
+                    return losses
     return None
 
 
@@ -206,6 +208,10 @@ def _steps(folder: Path) -> int | None:
 def _homes(folder: Path) -> tuple[Path, ...]:
     checkpoint = folder.resolve().name.startswith("checkpoint-")
     return (folder, folder.resolve().parent) if checkpoint else (folder,)
+
+
+def _is_off(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("weight") == 0
 
 
 def _brief(value: Any) -> str:

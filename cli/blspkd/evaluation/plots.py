@@ -29,6 +29,9 @@ MEL_RATE = 100.0
 ENCODER_RATE = 50.0
 """Encoder frames per second."""
 LOG_NAMES = ("log.jsonl", "trainer_state.json")
+BEFORE_NAME = "before.json"
+# the Trainer's closing words, and what is the step by another name
+NOT_DRAWN = ("train_", "total_flos", "epoch", "step")
 
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -101,7 +104,7 @@ def plot_alignment(alignment: Alignment, path: Path) -> None:
     edges = np.arange(len(alignment.alphas) + 1) / alignment.alpha_rate
     bottom.stairs(alignment.alphas, edges, fill=True, color="tab:blue", alpha=0.5)
     peak = max(1e-3, float(alignment.alphas.max(initial=0.0)))
-    bottom.set_ylim(0.0, 1.6 * peak)
+    bottom.set_ylim(0.0, 1.9 * peak)
     bottom.set_xlim(0.0, seconds)
     bottom.set_xlabel("s")
     bottom.set_ylabel("alpha")
@@ -126,10 +129,10 @@ def plot_alignment(alignment: Alignment, path: Path) -> None:
 def read_curves(folder: Path) -> Curves:
     """Find a run's logged figures: `log.jsonl`, or else the Trainer's `trainer_state.json`.
 
-    A checkpoint's are looked for in its run's folder too.
+    A checkpoint's are looked for in its run's folder too; `before.json` there is step 0.
 
     Returns:
-        For each key (such as `loss/token` or `eval/tts/input_kl`) its (step, value) pairs; empty
+        For each key (such as `loss/token` or `eval_tts/input_kl`) its (step, value) pairs; empty
         if nothing was logged.
     """
     for home in (folder, folder.parent):
@@ -137,7 +140,7 @@ def read_curves(folder: Path) -> Curves:
             break
         for name in LOG_NAMES:
             if (home / name).is_file():
-                return curves_of(_read_log(home / name))
+                return curves_of([*_read_before(home / BEFORE_NAME), *_read_log(home / name)])
     return {}
 
 
@@ -150,7 +153,7 @@ def curves_of(lines: Sequence[Mapping[str, Any]]) -> Curves:
             continue
         for key, value in line.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number and key not in ("step", "epoch"):
+            if number and not key.startswith(NOT_DRAWN):
                 curves[key].append((float(step), float(value)))
     return dict(curves)
 
@@ -158,16 +161,17 @@ def curves_of(lines: Sequence[Mapping[str, Any]]) -> Curves:
 def plot_curves(curves: Curves, path: Path) -> None:
     """Draw learning curves, one panel for each measure.
 
-    All training losses share a panel; `eval/SET/MEASURE` has a panel for MEASURE with a line for
+    All training losses share a panel; `eval_SET/MEASURE` has a panel for MEASURE with a line for
     each SET.
     """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(dict)
     for key, points in sorted(curves.items()):
         if key == "loss" or key.startswith("loss/"):
             panels["training loss"][key.removeprefix("loss/")] = points
-        elif key.startswith("eval/") and key.count("/") >= 2:
-            _, name, measure = key.split("/", 2)
-            panels[f"held out: {measure}"][name] = points
+        elif key.startswith("eval_") and "/" in key:
+            name, measure = key.removeprefix("eval_").split("/", 1)
+            if measure != "clips":
+                panels[f"held out: {measure}"][name] = points
         else:
             panels[key][""] = points
     columns = min(3, len(panels))
@@ -205,6 +209,13 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             lines.append(row)
     return lines
+
+
+def _read_before(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    return [{"step": 0, **{f"eval_{name}": value for name, value in measured.items()}}]
 
 
 def _figure(*, width: float, height: float) -> Figure:
