@@ -135,13 +135,14 @@ def read_curves(folder: Path) -> Curves:
         For each key (such as `loss/token` or `eval_tts/input_kl`) its (step, value) pairs; empty
         if nothing was logged.
     """
-    for home in (folder, folder.parent):
-        if home != folder and not folder.name.startswith("checkpoint-"):
-            break
-        for name in LOG_NAMES:
-            if (home / name).is_file():
-                return curves_of([*_read_before(home / BEFORE_NAME), *_read_log(home / name)])
-    return {}
+    homes = [folder]
+    if folder.name.startswith("checkpoint-"):
+        homes.append(folder.parent)
+    logs = [home / name for home in homes for name in LOG_NAMES if (home / name).is_file()]
+    if not logs:
+        return {}
+    before = [line for home in homes for line in _read_before(home / BEFORE_NAME)]
+    return curves_of([*before, *_read_log(logs[0])])
 
 
 def curves_of(lines: Sequence[Mapping[str, Any]]) -> Curves:
