@@ -99,7 +99,7 @@ def test_drawing_is_wider_than_greedy_and_repeats_with_its_seed(loaded, records,
 def test_nearest_tokens_by_an_explicit_loop(loaded, records):
     model, processor = loaded
     batch = processor([records[2].audio], prompt="{speech}")
-    _, adapter = model.embed_speech(
+    adapter = model.embed_speech(
         input_features=batch["input_features"],
         feature_attention_mask=batch["feature_attention_mask"],
     )

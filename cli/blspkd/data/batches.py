@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from blspkd.model.passes import shared_prompt_length
 from blspkd.model.processing import BlspKDProcessor, Messages, TokenizedTurn, as_messages
 
 from .features import FeatureCache
@@ -153,15 +154,21 @@ class Collator:
     Args:
         processor: pads.
         full_window: pad mel features to the encoder's window.
+        share_prompt: tell the model what the clips' prompts have in common, to read it once.
     """
 
-    def __init__(self, processor: BlspKDProcessor, *, full_window: bool = False) -> None:
+    def __init__(
+        self, processor: BlspKDProcessor, *, full_window: bool = False, share_prompt: bool = True
+    ) -> None:
         self.processor = processor
         self.full_window = full_window
+        self.share_prompt = share_prompt
 
-    def __call__(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
+    def __call__(self, clips: Sequence[Clip]) -> dict[str, Any]:
         """Batch the clips, right-padded."""
-        batch: dict[str, Tensor] = self.processor.pad_turns([clip.turn for clip in clips])
+        batch: dict[str, Any] = dict(self.processor.pad_turns([clip.turn for clip in clips]))
+        if self.share_prompt:
+            batch["prompt_length"] = shared_prompt_length(batch["input_ids"], batch["speech_mask"])
         mels = [clip.mel for clip in clips if clip.mel is not None]
         if mels:
             return {**batch, **self.processor.pad_features(mels, full_window=self.full_window)}

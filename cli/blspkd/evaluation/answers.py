@@ -177,7 +177,7 @@ def nearest_embedding_transcripts(
         for part in _parts(len(records), batch_size):
             features = [processor.features(records[i].audio) for i in part]
             batch = processor.pad_features(features, full_window=model.config.full_window)
-            _, adapter = model.embed_speech(
+            adapter = model.embed_speech(
                 input_features=batch["input_features"].to(device),
                 feature_attention_mask=batch["feature_attention_mask"].to(device),
             )

@@ -88,7 +88,10 @@ def measure(
     clips = 0
     try:
         for batch in batches:
-            on_device = {name: value.to(device) for name, value in batch.items()}
+            on_device = {
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
             output = model(**on_device)
             clips += len(on_device["input_ids"])
             _add_passes(means, model, output)

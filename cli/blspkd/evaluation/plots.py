@@ -69,7 +69,7 @@ def align(
     mel = processor.features(record.audio)
     batch = processor.pad_features([mel], full_window=model.config.full_window)
     device = model.embedding_weight().device
-    _, adapter = model.embed_speech(
+    adapter = model.embed_speech(
         input_features=batch["input_features"].to(device),
         feature_attention_mask=batch["feature_attention_mask"].to(device),
     )

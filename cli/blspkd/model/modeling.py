@@ -6,134 +6,34 @@ H embedding width, V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from plora import PLoRAConfig, apply_plora, plora_disabled, plora_mask
 from speech_adapters import AdapterOutput
 
-from .adapting import build_adapter, check_head, soft_embeddings
-from .configuration import BlspKDConfig
-from .encoder import SpeechEncoder
+from .assembled import AssembledModel
 from .losses import BlspKDOutput, loss_sums
 from .objective import Objective, Pass, loss_items
-from .pretrained import PartsModel
+from .passes import read, read_prompt
 from .splice import Spliced, splice
 
 __all__ = ["BlspKDForConditionalGeneration", "BlspKDOutput"]
 
 
-class BlspKDForConditionalGeneration(PartsModel):
+class BlspKDForConditionalGeneration(AssembledModel):
     """A frozen text LLM that reads speech through an adapter (arXiv 2405.19041).
 
-    Build one from pretrained parts with :meth:`from_parts`, load a trained one with
-    :meth:`from_pretrained`. The language model is frozen; with PLoRA it has extra capacity on
-    speech positions alone, so its answers to text stay bit-identical.
+    Build one from pretrained parts with ``from_parts``, load a trained one with
+    ``from_pretrained``. The language model is frozen; with PLoRA it has extra capacity on speech
+    positions alone, so its answers to text stay bit-identical.
 
     Args:
         config: the model's configuration.
         encoder: a loaded Whisper encoder.
         language_model: a loaded causal LM.
     """
-
-    main_input_name = "input_features"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
-
-    def __init__(
-        self, config: BlspKDConfig, encoder: WhisperEncoder, language_model: PreTrainedModel
-    ) -> None:
-        super().__init__(config)
-        self.speech_encoder = SpeechEncoder(encoder, full_window=config.full_window)
-        self.language_model = language_model
-        # before adapter and PLoRA: post_init would overwrite their initialisation
-        self.post_init()
-        check_head(language_model)
-        encoder.requires_grad_(config.train_encoder)
-        encoder.embed_positions.requires_grad_(False)
-        language_model.requires_grad_(False)
-        self.adapter = build_adapter(
-            config,
-            encoder_width=encoder.config.d_model,
-            embedding_weight=self.embedding_weight(),
-        )
-        if config.plora is not None:
-            apply_plora(language_model, PLoRAConfig.from_dict(config.plora))
-
-    def train(self, mode: bool = True) -> BlspKDForConditionalGeneration:
-        """Switch the trained parts to training mode; frozen parts never drop anything out."""
-        super().train(mode)
-        if not self.config.train_encoder:
-            self.speech_encoder.eval()
-        if self.config.plora is None:
-            self.language_model.eval()
-        return self
-
-    # -- the parts ----------------------------------------------------------------------------
-
-    def embedding_weight(self) -> Tensor:
-        """(V, H), the language model's input embeddings."""
-        embeddings: Any = self.language_model.get_input_embeddings()
-        weight: Tensor = embeddings.weight
-        return weight
-
-    def head_weight(self) -> Tensor:
-        """(V, H), the language model's head."""
-        weight: Tensor = self.language_model.get_output_embeddings().weight
-        return weight
-
-    def encode(
-        self, input_features: Tensor, feature_attention_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Run the speech encoder: (B, M, F) and (B, F) to (B, T, D) and its (B, T) mask."""
-        with nullcontext() if self.config.train_encoder else torch.no_grad():
-            hidden, mask = self.speech_encoder(input_features, feature_attention_mask)
-        return hidden, mask
-
-    def embed_speech(
-        self,
-        *,
-        input_features: Tensor | None = None,
-        feature_attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        target_lengths: Tensor | None = None,
-        max_tokens: int | None = None,
-    ) -> tuple[Tensor, AdapterOutput]:
-        """Speech to what the language model reads.
-
-        Give either mel features (B, M, F) or cached encoder outputs (B, T, D), each with its mask.
-
-        Returns:
-            (B, N, H) embeddings, and the adapter's output.
-        """
-        if encoder_hidden_states is None or encoder_attention_mask is None:
-            if input_features is None or feature_attention_mask is None:
-                raise ValueError(
-                    "no speech: give input_features and feature_attention_mask, or "
-                    "encoder_hidden_states and encoder_attention_mask"
-                )
-            encoder_hidden_states, encoder_attention_mask = self.encode(
-                input_features, feature_attention_mask
-            )
-        adapter_dtype = next(self.adapter.parameters()).dtype
-        out: AdapterOutput = self.adapter(
-            encoder_hidden_states.to(adapter_dtype),
-            encoder_attention_mask.bool(),
-            target_lengths=target_lengths,
-            max_tokens=max_tokens,
-        )
-        if self.config.speech_embedding == "direct":
-            return out.hidden_states, out
-        weight = self.embedding_weight()
-        return soft_embeddings(out.hidden_states, weight, self.config.token_scale), out
-
-    # -- training -----------------------------------------------------------------------------
 
     def forward(
         self,
@@ -148,6 +48,7 @@ class BlspKDForConditionalGeneration(PartsModel):
         encoder_attention_mask: Tensor | None = None,
         objective: Objective | None = None,
         num_items: dict[str, Tensor] | None = None,
+        prompt_length: int = 0,
     ) -> BlspKDOutput:
         """Read the same utterances as speech and as text, and compare.
 
@@ -163,45 +64,39 @@ class BlspKDForConditionalGeneration(PartsModel):
             objective: which losses, how weighted; None computes no loss but both passes.
             num_items: by loss name, what its sum is divided by; by default this batch's own count.
                 Given under gradient accumulation and data parallelism, see :func:`loss_items`.
+            prompt_length: P, how many leading tokens all rows share before the speech; they are
+                read once for all rows and both passes, which then begin after them.
         """
         attention_mask, speech_mask = attention_mask.bool(), speech_mask.bool()
-        token_counts = speech_mask.sum(dim=1)
         aligned = self.config.adapter_type == "cformer"
-        speech_embeds, adapter = self.embed_speech(
+        adapter = self.embed_speech(
             input_features=input_features,
             feature_attention_mask=feature_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
-            target_lengths=token_counts if aligned else None,
+            target_lengths=speech_mask.sum(dim=1) if aligned else None,
         )
-        student = teacher = None
+        output = BlspKDOutput(None, {}, adapter, adapter.hidden_states, None, None)
         weights = None if objective is None else objective.weights
         if weights is None or weights.reads_language_model:
+            end = input_ids.shape[1]
             if weights is not None and not weights.reads_response:
                 # nothing after the utterance is looked at: leave it out of both passes
-                length = int(
-                    (
-                        speech_mask
-                        * torch.arange(1, speech_mask.shape[1] + 1, device=speech_mask.device)
-                    ).max()
-                )
-                input_ids, labels = input_ids[:, :length], labels[:, :length]
-                attention_mask, speech_mask = attention_mask[:, :length], speech_mask[:, :length]
-            text_embeds = self.language_model.get_input_embeddings()(input_ids)
-            spliced = splice(
-                text_embeds,
-                attention_mask,
-                speech_mask,
-                speech_embeds,
-                adapter.attention_mask,
-                labels=labels,
-                length=input_ids.shape[1] if aligned else None,
+                end = int(speech_mask.any(dim=0).nonzero().max()) + 1
+            with_teacher = weights is None or weights.input_kl > 0 or weights.response_kl > 0
+            output.student, output.teacher = self._read_both(
+                input_ids[:, :end],
+                Spliced(
+                    self.language_model.get_input_embeddings()(input_ids[:, :end]),
+                    attention_mask[:, :end],
+                    speech_mask[:, :end],
+                    labels[:, :end],
+                ).after(prompt_length),
+                adapter,
+                prompt_length=prompt_length,
+                aligned=aligned,
+                with_teacher=with_teacher,
             )
-            student = self._read(spliced, teacher=False)
-            if weights is None or weights.input_kl > 0 or weights.response_kl > 0:
-                text = Spliced(text_embeds, attention_mask, speech_mask, labels)
-                teacher = self._read(text, teacher=True)
-        output = BlspKDOutput(None, {}, adapter, adapter.hidden_states, student, teacher)
         if objective is None:
             return output
         sums = loss_sums(
@@ -220,19 +115,49 @@ class BlspKDForConditionalGeneration(PartsModel):
         output.loss = torch.stack(weighted).sum()
         return output
 
-    def _read(self, spliced: Spliced, *, teacher: bool) -> Pass:
-        """One pass through the language model's layers, without its head."""
-        gradients = torch.no_grad() if teacher else nullcontext()
-        with gradients, self._plora(None if teacher else spliced.speech_mask):
-            hidden = self.language_model.get_decoder()(
-                inputs_embeds=spliced.inputs_embeds,
-                attention_mask=spliced.attention_mask.long(),
-                use_cache=False,
-            ).last_hidden_state
+    def _read_both(
+        self,
+        input_ids: Tensor,
+        text: Spliced,
+        adapter: AdapterOutput,
+        *,
+        prompt_length: int,
+        aligned: bool,
+        with_teacher: bool,
+    ) -> tuple[Pass, Pass | None]:
+        """The student's pass over speech and, if asked for, the teacher's over ``text``."""
+        assert text.labels is not None
+        prompt = None
+        if prompt_length > 0:
+            with self.plora_on(None):
+                prompt = read_prompt(self.language_model, input_ids[:1, :prompt_length])
+        spliced = splice(
+            text.inputs_embeds,
+            text.attention_mask,
+            text.speech_mask,
+            self.readable(adapter.hidden_states),
+            adapter.attention_mask,
+            labels=text.labels,
+            length=text.inputs_embeds.shape[1] if aligned else None,
+        )
         assert spliced.labels is not None
-        return Pass(hidden, spliced.speech_mask, spliced.labels)
-
-    # -- inference ----------------------------------------------------------------------------
+        in_prompt = spliced.speech_mask.new_zeros(len(spliced.speech_mask), prompt_length)
+        with self.plora_on(torch.cat([in_prompt, spliced.speech_mask], dim=1)):
+            hidden = read(
+                self.language_model,
+                spliced.inputs_embeds,
+                spliced.attention_mask,
+                prompt,
+                prompt_length,
+            )
+        student = Pass(hidden, spliced.speech_mask, spliced.labels)
+        if not with_teacher:
+            return student, None
+        with torch.no_grad(), self.plora_on(None):
+            hidden = read(
+                self.language_model, text.inputs_embeds, text.attention_mask, prompt, prompt_length
+            )
+        return student, Pass(hidden, text.speech_mask, text.labels)
 
     @torch.no_grad()
     def generate(
@@ -264,7 +189,7 @@ class BlspKDForConditionalGeneration(PartsModel):
         Returns:
             (B, R) int64, the new tokens alone.
         """
-        speech_embeds, adapter = self.embed_speech(
+        adapter = self.embed_speech(
             input_features=input_features,
             feature_attention_mask=feature_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
@@ -274,11 +199,11 @@ class BlspKDForConditionalGeneration(PartsModel):
             self.language_model.get_input_embeddings()(input_ids),
             attention_mask.bool(),
             speech_mask.bool(),
-            speech_embeds,
+            self.readable(adapter.hidden_states),
             adapter.attention_mask,
             padding_side="left",
         )
-        with self._plora(spliced.speech_mask):
+        with self.plora_on(spliced.speech_mask):
             tokens: Tensor = self._generate(
                 inputs_embeds=spliced.inputs_embeds,
                 attention_mask=spliced.attention_mask.long(),
@@ -307,7 +232,7 @@ class BlspKDForConditionalGeneration(PartsModel):
         Returns:
             (B, R) int64, the new tokens alone.
         """
-        with self._plora(None):
+        with self.plora_on(None):
             tokens: Tensor = self._generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask.long(),
@@ -315,14 +240,6 @@ class BlspKDForConditionalGeneration(PartsModel):
                 **generation_kwargs,
             )
         return tokens[:, input_ids.shape[1] :]
-
-    def _plora(self, speech_mask: Tensor | None) -> AbstractContextManager[Any]:
-        """PLoRA on these positions (B, S), or nowhere."""
-        if self.config.plora is None:
-            return nullcontext()
-        if speech_mask is None:
-            return plora_disabled(self.language_model)
-        return plora_mask(speech_mask)
 
     def _generate(self, **options: Any) -> Tensor:
         language_model: Any = self.language_model

@@ -30,6 +30,15 @@ class Spliced:
     speech_mask: Tensor
     labels: Tensor | None
 
+    def after(self, length: int) -> Spliced:
+        """The batch without its first ``length`` positions."""
+        return Spliced(
+            self.inputs_embeds[:, length:],
+            self.attention_mask[:, length:],
+            self.speech_mask[:, length:],
+            None if self.labels is None else self.labels[:, length:],
+        )
+
 
 def splice(
     text_embeds: Tensor,

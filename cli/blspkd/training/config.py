@@ -138,6 +138,8 @@ class OptimSection:
         gradient_accumulation: micro-batches per step.
         bf16: autocast to bfloat16.
         gradient_checkpointing: recompute activations in the backward pass.
+        share_prompt: read what the prompts of a batch have in common once, for all its clips and
+            both passes; not together with gradient_checkpointing.
     """
 
     learning_rate: float = 1e-4
@@ -152,6 +154,7 @@ class OptimSection:
     gradient_accumulation: int = 1
     bf16: bool = False
     gradient_checkpointing: bool = False
+    share_prompt: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import Tensor
+
 from blspkd.data.batches import ClipDataset, Collator
 
 from .config import TrainConfig
@@ -43,7 +45,8 @@ def dry_run(config: TrainConfig, *, say: Say) -> str:
         )
     spoken = sum(sum(turn.speech_mask) for turn in turns)
     tokens = sum(len(turn.input_ids) for turn in turns)
-    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
     return "\n".join(
         [
             describe_clips(clips),

@@ -105,7 +105,11 @@ def train(
     cache = None
     if config.data.cache_features:
         cache = _filled_cache(config, folder, model, processor, clips, say)
-    collator = Collator(processor, full_window=config.model.full_window)
+    collator = Collator(
+        processor,
+        full_window=config.model.full_window,
+        share_prompt=config.optim.share_prompt and not config.optim.gradient_checkpointing,
+    )
 
     def dataset(records: list[Record]) -> ClipDataset:
         return ClipDataset(records, processor, prompt=config.model.prompt, cache=cache)

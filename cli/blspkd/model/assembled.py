@@ -1,0 +1,131 @@
+"""The parts put together: encoder, adapter, language model with PLoRA.
+
+Shapes: B batch, M mel bins, F mel frames, T encoder frames, N speech tokens, H embedding width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from plora import PLoRAConfig, apply_plora, plora_disabled, plora_mask
+from speech_adapters import AdapterOutput
+
+from .adapting import build_adapter, check_head, soft_embeddings
+from .configuration import BlspKDConfig
+from .encoder import SpeechEncoder
+from .pretrained import PartsModel
+
+
+class AssembledModel(PartsModel):
+    """A speech encoder, an adapter and a frozen language model, and what each does with speech.
+
+    Args:
+        config: the model's configuration.
+        encoder: a loaded Whisper encoder.
+        language_model: a loaded causal LM.
+    """
+
+    main_input_name = "input_features"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self, config: BlspKDConfig, encoder: WhisperEncoder, language_model: PreTrainedModel
+    ) -> None:
+        super().__init__(config)
+        self.speech_encoder = SpeechEncoder(encoder, full_window=config.full_window)
+        self.language_model = language_model
+        # before adapter and PLoRA: post_init would overwrite their initialisation
+        self.post_init()
+        check_head(language_model)
+        encoder.requires_grad_(config.train_encoder)
+        encoder.embed_positions.requires_grad_(False)
+        language_model.requires_grad_(False)
+        self.adapter = build_adapter(
+            config,
+            encoder_width=encoder.config.d_model,
+            embedding_weight=self.embedding_weight(),
+        )
+        if config.plora is not None:
+            apply_plora(language_model, PLoRAConfig.from_dict(config.plora))
+
+    def train(self, mode: bool = True) -> AssembledModel:
+        """Switch the trained parts to training mode; frozen parts never drop anything out."""
+        super().train(mode)
+        if not self.config.train_encoder:
+            self.speech_encoder.eval()
+        if self.config.plora is None:
+            self.language_model.eval()
+        return self
+
+    def embedding_weight(self) -> Tensor:
+        """(V, H), the language model's input embeddings."""
+        embeddings: Any = self.language_model.get_input_embeddings()
+        weight: Tensor = embeddings.weight
+        return weight
+
+    def head_weight(self) -> Tensor:
+        """(V, H), the language model's head."""
+        weight: Tensor = self.language_model.get_output_embeddings().weight
+        return weight
+
+    def encode(
+        self, input_features: Tensor, feature_attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the speech encoder: (B, M, F) and (B, F) to (B, T, D) and its (B, T) mask."""
+        with nullcontext() if self.config.train_encoder else torch.no_grad():
+            hidden, mask = self.speech_encoder(input_features, feature_attention_mask)
+        return hidden, mask
+
+    def embed_speech(
+        self,
+        *,
+        input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        target_lengths: Tensor | None = None,
+        max_tokens: int | None = None,
+    ) -> AdapterOutput:
+        """Speech to one vector per token; :meth:`readable` makes them the language model's.
+
+        Give either mel features (B, M, F) or cached encoder outputs (B, T, D), each with its mask.
+        """
+        if encoder_hidden_states is None or encoder_attention_mask is None:
+            if input_features is None or feature_attention_mask is None:
+                raise ValueError(
+                    "no speech: give input_features and feature_attention_mask, or "
+                    "encoder_hidden_states and encoder_attention_mask"
+                )
+            encoder_hidden_states, encoder_attention_mask = self.encode(
+                input_features, feature_attention_mask
+            )
+        adapter_dtype = next(self.adapter.parameters()).dtype
+        out: AdapterOutput = self.adapter(
+            encoder_hidden_states.to(adapter_dtype),
+            encoder_attention_mask.bool(),
+            target_lengths=target_lengths,
+            max_tokens=max_tokens,
+        )
+        return out
+
+    def readable(self, vectors: Tensor) -> Tensor:
+        """What the language model reads in place of adapter outputs (B, N, H): same shape."""
+        if self.config.speech_embedding == "direct":
+            return vectors
+        return soft_embeddings(vectors, self.embedding_weight(), self.config.token_scale)
+
+    def plora_on(self, speech_mask: Tensor | None) -> AbstractContextManager[Any]:
+        """PLoRA on these positions (B, S), or nowhere."""
+        if self.config.plora is None:
+            return nullcontext()
+        if speech_mask is None:
+            return plora_disabled(self.language_model)
+        return plora_mask(speech_mask)
