@@ -14,7 +14,7 @@ train: install
 
 # two workers of one thread each, so that two cores are full and none waits for the other
 test: lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not real and not gpu and not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not real and not gpu and not slow"
 
 lint: install
 	$(BIN)/ruff check .

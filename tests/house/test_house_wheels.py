@@ -21,9 +21,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-# one worker builds the archives, not each
-pytestmark = pytest.mark.xdist_group("wheels")
-
 ROOT = Path(__file__).parents[2]
 # import name -> folder of the distribution
 PROJECTS = {
