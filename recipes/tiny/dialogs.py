@@ -66,8 +66,8 @@ def dialog_ids(tokenizer: PreTrainedTokenizerFast, dialog: Dialog) -> tuple[list
 class DialogSource:
     """Draws training dialogs without end; nothing in them is held out.
 
-    Nearly four tenths are repetitions (half of them of words in no order, which teaches copying),
-    nearly a quarter continuations, the rest spoken turns without an instruction: questions are
+    Four tenths are repetitions (half of them of words in no order, which teaches copying),
+    a quarter continuations, the rest spoken turns without an instruction: questions are
     answered, and of a sentence the assistant says what it has heard.
     """
 
@@ -76,20 +76,17 @@ class DialogSource:
         self.words = vocabulary()
         self.facts = facts()
         self.questions = questions()
-        self.agreed = [pair for pair in self.questions if pair[1].startswith("yes ")]
 
     def __call__(self) -> Dialog:
         """Draws one dialog."""
         kind = self.rng.random()
-        if kind < 0.37:
+        if kind < 0.4:
             text = self._text_to_repeat()
             dialog = Dialog(PROMPTS["repeat"], text, text)
-        elif kind < 0.6:
+        elif kind < 0.65:
             dialog = Dialog(PROMPTS["continue"], *self._continuation())
         elif kind < 0.95:
-            # few of the yes-or-no questions have the answer yes, so these are drawn more often
-            pool = self.agreed if self.rng.random() < 0.15 else self.questions
-            dialog = Dialog(PROMPTS["question"], *self.rng.choice(pool))
+            dialog = Dialog(PROMPTS["question"], *self.rng.choice(self.questions))
         else:
             text = free_sentence(self.rng).text
             dialog = Dialog(PROMPTS["question"], text, f"you said {text}")

@@ -1,6 +1,6 @@
 """Pretrains the tiny chat LLM and its tokenizer on dialogs over the little world.
 
-    python recipes/tiny/pretrain_llm.py --out cli/blspkd/tiny/llm [--steps 3600] [--seed 1]
+    python recipes/tiny/pretrain_llm.py --out cli/blspkd/tiny/llm [--steps 3000] [--seed 1]
 
 A Llama of about a million parameters, one CPU thread. Every dialog is drawn afresh, so no epoch
 repeats; the loss is taken on the response and, with a smaller weight, on the transcript, so that
@@ -204,7 +204,7 @@ def main() -> None:
     """Pretrains and writes the LLM and its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
