@@ -1,4 +1,4 @@
-"""Makes clips.tar, the spoken clips that the package ships, with train.jsonl and test.jsonl inside.
+"""Makes clips.tar, the spoken clips that the package ships, with their manifests inside.
 
     python recipes/tiny/pack_clips.py --llm cli/blspkd/tiny/llm --out cli/blspkd/tiny \
         [--train 960] [--seed 7]
@@ -121,7 +121,7 @@ def main() -> None:
     ]
     plan += plan_test(rng)
     replies = answers(model, tokenizer, [(PROMPTS[task], text) for _, task, text, _ in plan])
-    lines: dict[str, list[str]] = {"train": [], "test": []}
+    lines: dict[str, list[str]] = {}
     with tarfile.open(args.out / "clips.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, (split, task, text, voice) in enumerate(plan):
             samples = say(text, natural(voices[voice], rng))
@@ -144,7 +144,8 @@ def main() -> None:
             }
             if split != "train":
                 row["split"] = split
-            lines["train" if split == "train" else "test"].append(json.dumps(row))
+            manifest = "train" if split == "train" else f"test-{split}"
+            lines.setdefault(manifest, []).append(json.dumps(row))
         for name, rows in lines.items():
             data = ("\n".join(rows) + "\n").encode()
             info = tarfile.TarInfo(f"{name}.jsonl")

@@ -19,9 +19,12 @@ TINY = Path(str(files("blspkd"))) / "tiny"
 PROMPTS = {"repeat": "Repeat: {speech}", "continue": "Continue: {speech}", "question": "{speech}"}
 
 
-def rows(name):
+def rows(start):
+    """The rows of every manifest whose name begins so."""
     with tarfile.open(TINY / "clips.tar") as tar:
-        return [json.loads(line) for line in tar.extractfile(name).read().splitlines()]
+        names = [n for n in tar.getnames() if n.startswith(start) and n.endswith(".jsonl")]
+        lines = [line for name in names for line in tar.extractfile(name).read().splitlines()]
+    return [json.loads(line) for line in lines]
 
 
 def answer(model, tokenizer, before, text, after):
@@ -59,12 +62,12 @@ def test_only_safetensors_and_plain_files_are_shipped():
 def test_the_manifests_and_the_archive_name_the_same_clips():
     with tarfile.open(TINY / "clips.tar") as tar:
         members = [m.name for m in tar.getmembers() if m.name.endswith(".ogg")]
-    named = [row["audio"] for name in ("train.jsonl", "test.jsonl") for row in rows(name)]
+    named = [row["audio"] for name in ("train", "test") for row in rows(name)]
     assert sorted(members) == sorted(named)
     assert len(set(named)) == len(named)
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl"])
+@pytest.mark.parametrize("name", ["train", "test"])
 def test_each_row_is_complete_and_its_prompt_fits_its_task(name):
     for row in rows(name):
         assert row["messages"] == [{"role": "user", "content": PROMPTS[row["task"]]}]
@@ -75,8 +78,8 @@ def test_each_row_is_complete_and_its_prompt_fits_its_task(name):
 
 
 def test_clips_read_back_at_16_khz_mono_with_the_duration_that_the_manifest_says():
-    wanted = {row["audio"]: row["duration"] for row in rows("train.jsonl")[::60]}
-    wanted |= {row["audio"]: row["duration"] for row in rows("test.jsonl")[::20]}
+    wanted = {row["audio"]: row["duration"] for row in rows("train")[::60]}
+    wanted |= {row["audio"]: row["duration"] for row in rows("test")[::20]}
     with tarfile.open(TINY / "clips.tar") as tar:
         for name, duration in wanted.items():
             samples, rate = soundfile.read(io.BytesIO(tar.extractfile(name).read()))
@@ -87,7 +90,7 @@ def test_clips_read_back_at_16_khz_mono_with_the_duration_that_the_manifest_says
 
 
 def test_no_test_sentence_and_no_unseen_voice_is_in_the_training_clips():
-    train, test = rows("train.jsonl"), rows("test.jsonl")
+    train, test = rows("train"), rows("test")
     assert not {r["text"] for r in train} & {r["text"] for r in test}
     assert len({r["text"] for r in train}) == len(train) >= 600
     splits = {s: [r for r in test if r["split"] == s] for s in {r["split"] for r in test}}
@@ -99,13 +102,13 @@ def test_no_test_sentence_and_no_unseen_voice_is_in_the_training_clips():
 
 
 def test_every_word_of_the_test_sentences_is_in_the_training_clips():
-    heard = {w for r in rows("train.jsonl") for w in r["text"].split()}
-    assert {w for r in rows("test.jsonl") for w in r["text"].split()} <= heard
+    heard = {w for r in rows("train") for w in r["text"].split()}
+    assert {w for r in rows("test") for w in r["text"].split()} <= heard
 
 
 def test_the_llm_repeats_held_out_sentences_and_answers_held_out_questions(llm):
     after = "<|im_end|>\n<|im_start|>assistant\n"
-    test = rows("test.jsonl")
+    test = rows("test")
     repeat = [r["text"] for r in test if r["split"] == "unseen-sentences"][:8]
     got = [answer(*llm, "<|im_start|>user\nRepeat:", " " + text, after) for text in repeat]
     assert got == repeat
@@ -138,7 +141,7 @@ def test_the_chat_template_writes_chatml_and_any_text_survives_the_tokenizer(llm
 def test_the_encoder_loads_without_missing_weights_and_tells_clips_apart():
     encoder = SpeechEncoder(load_encoder("blspkd:tiny/encoder", dtype=torch.float32))
     extractor = load_feature_extractor("blspkd:tiny/encoder")
-    picked = [r for r in rows("test.jsonl") if r["split"] == "unseen-sentences"][:2]
+    picked = [r for r in rows("test") if r["split"] == "unseen-sentences"][:2]
     with tarfile.open(TINY / "clips.tar") as tar:
         clips = [
             soundfile.read(io.BytesIO(tar.extractfile(r["audio"]).read()), dtype="float32")[0]

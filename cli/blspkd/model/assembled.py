@@ -55,6 +55,8 @@ class AssembledModel(PartsModel):
         )
         if config.plora is not None:
             apply_plora(language_model, PLoRAConfig.from_dict(config.plora))
+        # what a checkpoint leaves out, so that Trainer doesn't warn of it when it resumes
+        self._keys_to_ignore_on_save = set(self.state_dict()) - self.trained_names()
 
     def train(self, mode: bool = True) -> AssembledModel:
         """Switch the trained parts to training mode; frozen parts never drop anything out."""

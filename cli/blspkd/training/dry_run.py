@@ -9,8 +9,9 @@ from torch import Tensor
 
 from blspkd.data.batches import ClipDataset, Collator
 
+from .clips import describe_clips, read_clips
 from .config import TrainConfig
-from .run import Say, build_model, describe_clips, describe_parameters, make_processor, read_clips
+from .run import Say, build_model, describe_parameters, make_processor
 from .schedule import check_schedule
 
 

@@ -15,14 +15,15 @@ def table(before: Mapping[str, float], after: Mapping[str, float]) -> str:
         after: the same names.
     """
     lines = []
-    shown = ""
-    for key in after:
-        name, _, figure = key.partition("/")
-        if name != shown:
-            lines += ["", f"{'held out: ' + name:<34}{'before':>10}{'after':>10}"]
-            shown = name
-        old = _format(figure, before[key]) if key in before else ""
-        lines.append(f"  {figure.replace('_', ' '):<32}{old:>10}{_format(figure, after[key]):>10}")
+    for name in dict.fromkeys(key.partition("/")[0] for key in after):
+        clips = int(after.get(f"{name}/clips", 0))
+        lines += ["", f"{f'held out: {name}, {clips} clips':<36}{'before':>10}{'after':>10}"]
+        for key, value in after.items():
+            of, _, figure = key.partition("/")
+            if of == name and figure != "clips":
+                old = _format(figure, before[key]) if key in before else ""
+                label = figure.replace("_", " ")
+                lines.append(f"  {label:<34}{old:>10}{_format(figure, value):>10}")
     return "\n".join(lines).strip("\n")
 
 

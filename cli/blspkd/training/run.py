@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, set_seed
 
-from blspkd.data.batches import ClipDataset, Collator, join_responses, keep_usable
-from blspkd.data.builtin import resolve_manifest
+from blspkd.data.batches import ClipDataset, Collator
 from blspkd.data.features import FeatureCache
-from blspkd.data.manifest import Record, read_manifest
+from blspkd.data.manifest import Record
 from blspkd.model.bases import load_feature_extractor, load_tokenizer
 from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor
 
+from .arguments import training_arguments
 from .callbacks import ProgressLine, RunLog, StopOnInterrupt
+from .clips import Clips, describe_clips, read_clips
 from .config import TrainConfig
 from .folder import (
     BEFORE_NAME,
@@ -57,21 +55,6 @@ class RunResult:
     before: dict[str, float]
     after: dict[str, float]
     interrupted: bool
-
-
-@dataclass(frozen=True)
-class Clips:
-    """The records of a run.
-
-    Attributes:
-        train: to train on.
-        held_out: by name.
-        dropped: how many were left out of either, and why.
-    """
-
-    train: list[Record]
-    held_out: dict[str, list[Record]]
-    dropped: Counter[str]
 
 
 def train(
@@ -170,114 +153,16 @@ def build_model(config: TrainConfig) -> BlspKDForConditionalGeneration:
         BlspKDConfig(**section), dtype=dtype, trust_remote_code=trust_remote_code
     )
     if config.optim.gradient_checkpointing:
-        options = {"use_reentrant": False}
-        model.language_model.gradient_checkpointing_enable(options)
+        _recompute_activations(model.language_model)
         if config.model.train_encoder:
-            model.speech_encoder.encoder.gradient_checkpointing_enable(options)
+            _recompute_activations(model.speech_encoder.encoder)
     return model
 
 
-def read_clips(
-    config: TrainConfig, processor: BlspKDProcessor, folder: Path, *, overfit: int = 0
-) -> Clips:
-    """Read the manifests, and leave out what cannot be used.
-
-    Raises:
-        ValueError: if nothing is left to train on, or a held-out clip is also a training clip.
-    """
-    if not config.data.train:
-        raise ValueError("data.train is not set: give a manifest, as `blspkd prepare` writes it")
-    dropped = Counter[str]()
-
-    def usable(reference: str, limit: int | None) -> list[Record]:
-        records = read_manifest(resolve_manifest(reference, folder / "data"))[:limit]
-        kept, why = keep_usable(
-            records,
-            processor,
-            prompt=config.model.prompt,
-            max_duration=config.data.max_duration,
-            max_text_tokens=config.data.max_text_tokens,
-        )
-        if not kept:
-            raise ValueError(f"{reference}: no usable clip is left; dropped: {dict(why)}")
-        dropped.update(why)
-        return kept
-
-    train_records = usable(config.data.train, overfit or config.data.limit)
-    if config.data.responses is not None:
-        train_records = join_responses(train_records, Path(config.data.responses))
-    wants_responses = config.losses.response_kl.weight > 0 or config.losses.response_ce.weight > 0
-    if wants_responses and not any(record.response for record in train_records):
-        raise ValueError(
-            f"{config.data.train}: no clip has a response, which the response losses need; "
-            "let `blspkd respond` write them, or set losses.response_kl=0"
-        )
-    if overfit:
-        return Clips(train_records, {"training clips": train_records}, dropped)
-    held_out = {
-        name: usable(path, config.data.eval_limit) for name, path in config.data.eval.items()
-    }
-    trained = {record.audio.resolve() for record in train_records}
-    for name, records in held_out.items():
-        shared = [record for record in records if record.audio.resolve() in trained]
-        if shared:
-            raise ValueError(
-                f"data.eval.{name}: {len(shared)} of its clips are also in data.train, such as "
-                f"{shared[0].audio}; hold them out"
-            )
-    return Clips(train_records, held_out, dropped)
-
-
-def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
-    """The configuration in transformers' terms."""
-    optim = config.optim
-    if config.tensorboard:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
-    given: dict[str, Any] = {
-        "output_dir": str(folder),
-        "seed": config.seed,
-        "per_device_train_batch_size": optim.batch_size,
-        "gradient_accumulation_steps": optim.gradient_accumulation,
-        "learning_rate": optim.learning_rate,
-        "lr_scheduler_type": optim.schedule,
-        "warmup_steps": optim.warmup_steps,
-        "weight_decay": optim.weight_decay,
-        "max_grad_norm": optim.max_grad_norm,
-        "num_train_epochs": optim.epochs,
-        "max_steps": -1 if optim.max_steps is None else optim.max_steps,
-        "bf16": optim.bf16,
-        "logging_steps": config.log_steps,
-        "logging_first_step": True,
-        "eval_strategy": "steps" if config.eval_steps and config.data.eval else "no",
-        "eval_steps": config.eval_steps,
-        "save_strategy": "no" if config.save_steps is None else "steps",
-        "save_steps": config.save_steps or 0,
-        "save_total_limit": config.keep_checkpoints,
-        "report_to": ["tensorboard"] if config.tensorboard else "none",
-        "dataloader_num_workers": config.num_workers,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    taken = sorted(set(given) & set(config.trainer))
-    if taken:
-        raise ValueError(f"trainer.{taken[0]} is set by a field of its own: leave it out there")
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for name in config.trainer:
-        if name not in known:
-            raise ValueError(f"trainer.{name} is no field of transformers.TrainingArguments")
-    return TrainingArguments(**given, **config.trainer)
-
-
-def describe_clips(clips: Clips) -> str:
-    """How much there is, and what was left out."""
-    hours = sum(record.duration or 0.0 for record in clips.train) / 3600
-    responses = sum(record.response is not None for record in clips.train)
-    parts = [f"{len(clips.train)} training clips ({hours:.2f} h), {responses} with a response"]
-    parts += [f"{len(records)} held-out: {name}" for name, records in clips.held_out.items()]
-    parts += [f"dropped {count}: {why}" for why, count in clips.dropped.items()]
-    return "; ".join(parts)
+def _recompute_activations(part: PreTrainedModel) -> None:
+    """Turn on gradient checkpointing, by the name that this version of transformers wants."""
+    newer = getattr(part, "activation_checkpointing_enable", None)
+    (newer or part.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def describe_parameters(model: BlspKDForConditionalGeneration) -> str:

@@ -78,13 +78,13 @@ class PLoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for code that asks a linear layer for it."""
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]  # Module | Tensor
         return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]  # Module | Tensor
         return bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:

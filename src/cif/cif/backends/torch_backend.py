@@ -54,7 +54,7 @@ def integrate(
     Returns:
         (B, N, D) of the dtype of `unit`; zeros past `lengths`.
     """
-    out: Tensor = _Integrate.apply(  # type: ignore[no-untyped-call]
+    out: Tensor = _Integrate.apply(  # type: ignore[no-untyped-call]  # torch's
         hidden_states, alphas, prefix, frame_mask, lengths, scale, unit, num_tokens
     )
     return out

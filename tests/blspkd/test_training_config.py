@@ -1,0 +1,103 @@
+"""Defaults < YAML < overrides, and an error for whatever is misspelt."""
+
+import pytest
+import yaml
+
+from blspkd.training.config import LossesSection, LossSection, TrainConfig, as_dict, load_config
+from blspkd.training.report import table
+from blspkd.training.schedule import check_schedule, weights_at
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "optim: {learning_rate: 1e-3, batch_size: 8}\n"
+        "losses: {token: 1, input_kl: {weight: 0.5, start: 0.25}}\n"
+    )
+    return file
+
+
+def test_overrides_lie_over_the_file_and_the_file_over_the_defaults(path):
+    config = load_config(
+        path, ["optim.batch_size=16", "data.eval.human=h.jsonl", "model.plora=null"]
+    )
+    assert config.name == "mine"
+    assert config.optim.learning_rate == 1e-3  # YAML 1.1 reads 1e-3 as a string
+    assert config.optim.batch_size == 16
+    assert config.optim.warmup_steps == TrainConfig().optim.warmup_steps
+    assert config.data.eval == {"human": "h.jsonl"}
+    assert config.model.plora is None
+    assert config.losses.token == LossSection(1.0)
+    assert config.losses.input_kl == LossSection(0.5, start=0.25)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rat=1", r"unknown configuration key 'optim.learning_rat'.*learning_rate"),
+        ("optin.batch_size=1", r"unknown configuration key 'optin'.*optim"),
+        ("optim.batch_size=big", "optim.batch_size: expected int, got 'big'"),
+        ("optim.bf16=1", "optim.bf16: expected bool"),
+        ("optim.schedule=step", "expected one of cosine, linear, constant"),
+        ("losses.token.start=1.5", "0 <= start < stop <= 1"),
+        ("losses.token.weight=-1", "weight must be >= 0"),
+        ("model=5", "model: expected a mapping"),
+        ("batch", "expected key=value"),
+    ],
+)
+def test_what_is_wrong_is_named(path, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(path, [override])
+
+
+def test_broken_and_missing_files(tmp_path):
+    with pytest.raises(ValueError, match="cannot read the configuration"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_the_resolved_configuration_reads_back(path, tmp_path):
+    config = load_config(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(as_dict(config)))
+    assert load_config(again) == config
+
+
+def test_a_loss_counts_in_its_window_alone():
+    losses = LossesSection(token=LossSection(2.0, stop=0.5), input_kl=LossSection(1.0, start=0.5))
+    early, late = weights_at(losses, 0.49), weights_at(losses, 0.5)
+    assert (early.token, early.input_kl) == (2.0, 0.0)
+    assert (late.token, late.input_kl) == (0.0, 1.0)
+
+
+def test_a_run_that_for_a_while_asks_for_nothing_is_refused():
+    off = LossSection()
+    losses = LossesSection(
+        token=LossSection(1.0, stop=0.5), input_kl=off, response_kl=off, quantity=off
+    )
+    with pytest.raises(ValueError, match="none is active from 50% of the run on"):
+        check_schedule(losses)
+
+
+def test_the_table_has_a_block_for_each_set():
+    text = table(
+        {"a/input_kl": 2.0, "a/length_exact": 0.0},
+        {
+            "a/clips": 3,
+            "a/input_kl": 1.0,
+            "a/length_exact": 0.5,
+            "b/clips": 2,
+            "b/same_answer": 1.0,
+        },
+    )
+    assert text.splitlines() == [
+        "held out: a, 3 clips                    before     after",
+        "  input kl                               2.000     1.000",
+        "  length exact                            0.0%     50.0%",
+        "",
+        "held out: b, 2 clips                    before     after",
+        "  same answer                                     100.0%",
+    ]

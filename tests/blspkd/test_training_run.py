@@ -1,0 +1,268 @@
+"""A run from configuration to model: what it leaves, how it goes on, what stops it."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from blspkd.data.manifest import read_manifest, write_manifest
+from blspkd.training.config import load_config
+from blspkd.training.dry_run import dry_run
+from blspkd.training.run import train
+
+
+@pytest.fixture
+def recipe(tiny_parts, tiny_corpus, tmp_path):
+    """A configuration file for a few steps over the tiny corpus, and its held-out set."""
+    records = read_manifest(tiny_corpus.manifest)
+    write_manifest(tmp_path / "train.jsonl", records[:4])
+    write_manifest(tmp_path / "test.jsonl", records[4:])
+    values = {
+        "output": str(tmp_path / "run"),
+        "log_steps": 1,
+        "answer_limit": 2,
+        "model": {
+            "encoder": str(tiny_parts.encoder),
+            "language_model": str(tiny_parts.language_model),
+            "adapter": {
+                "hidden_size": 32,
+                "num_pre_layers": 1,
+                "num_post_layers": 1,
+                "num_heads": 4,
+                "frame_stacking": 4,
+            },
+            "plora": {"r": 4, "lora_alpha": 4},
+            "prompt": "Say: {speech}",
+        },
+        "data": {
+            "train": str(tmp_path / "train.jsonl"),
+            "eval": {"unseen": str(tmp_path / "test.jsonl")},
+        },
+        "losses": {"token": 1.0},
+        "optim": {
+            "learning_rate": 3e-3,
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "max_steps": 6,
+            "batch_size": 2,
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _run(path, *overrides, **options):
+    lines = []
+    result = train(load_config(path, overrides), say=lines.append, **options)
+    return result, lines
+
+
+def _weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_run_leaves_a_model_its_figures_and_how_it_came_about(recipe):
+    result, lines = _run(recipe, "optim.max_steps=30", "optim.learning_rate=1e-2")
+    assert "4 training clips" in lines[0]
+    assert set(result.after) == set(result.before)
+    assert {"unseen/input_kl", "unseen/token_accuracy", "unseen/same_answer"} <= set(result.after)
+    log = [json.loads(line) for line in (result.folder / "log.jsonl").read_text().splitlines()]
+    steps = [row for row in log if "loss" in row]
+    assert {"loss/token", "loss/input_kl", "loss/response_kl", "loss/quantity"} <= set(steps[0])
+    first, last = (sum(row["loss/token"] for row in part) for part in (steps[:3], steps[-3:]))
+    assert last < 0.8 * first
+    resolved = yaml.safe_load((result.folder / "train.yaml").read_text())
+    assert resolved["config"]["optim"]["max_steps"] == 30
+    assert resolved["versions"]["torch"]
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary["after"] == result.after
+
+
+def test_the_losses_add_up_to_the_loss(recipe):
+    result, _ = _run(recipe, "losses.token=2", "losses.quantity=0.5", "answer_limit=0")
+    for line in (result.folder / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if "loss" not in row:
+            continue
+        weighted = 2 * row["loss/token"] + row["loss/input_kl"] + row["loss/response_kl"]
+        assert row["loss"] == pytest.approx(weighted + 0.5 * row["loss/quantity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, cached):
+    # 3 steps of 2 clips an epoch and a half: the checkpoint lies in the middle of an epoch
+    common = ["save_steps=3", "answer_limit=0", f"data.cache_features={str(cached).lower()}"]
+    whole, _ = _run(recipe, *common, f"output={recipe.parent / 'whole'}")
+    checkpoint = whole.folder / "checkpoint-3"
+    part = recipe.parent / "part"
+    part.mkdir()
+    os.rename(checkpoint, part / "checkpoint-3")
+    resumed, _ = _run(recipe, *common, f"output={part}", resume=True)
+    expected, found = _weights(whole.folder), _weights(resumed.folder)
+    assert set(expected) == set(found)
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_accumulated_steps_are_steps_over_the_larger_batch(recipe):
+    common = [
+        "answer_limit=0",
+        "optim.max_steps=2",
+        "model.adapter.dropout=0.0",
+        "model.plora.lora_dropout=0.0",
+    ]
+    large, _ = _run(recipe, *common, "optim.batch_size=4", f"output={recipe.parent / 'large'}")
+    small, _ = _run(
+        recipe,
+        *common,
+        "optim.batch_size=1",
+        "optim.gradient_accumulation=4",
+        f"output={recipe.parent / 'small'}",
+    )
+    expected, found = _weights(large.folder), _weights(small.folder)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_cached_features_change_nothing_but_their_rounding(recipe):
+    common = ["answer_limit=0", "optim.max_steps=1"]
+    fresh, _ = _run(recipe, *common, f"output={recipe.parent / 'fresh'}")
+    cached, _ = _run(
+        recipe, *common, "data.cache_features=true", f"output={recipe.parent / 'cached'}"
+    )
+    for name, value in fresh.before.items():
+        assert cached.before[name] == pytest.approx(value, rel=2e-2, abs=2e-3), name
+
+
+def test_overfitting_measures_on_the_clips_it_trains_on(recipe):
+    result, _ = _run(recipe, "answer_limit=0", overfit=2)
+    assert result.after["training clips/clips"] == 2
+
+
+def test_a_checkpoint_holds_only_what_is_trained(recipe):
+    result, _ = _run(recipe, "save_steps=6", "answer_limit=0")
+    stored = _weights(result.folder / "checkpoint-6")
+    assert all(name.startswith("adapter.") or ".lora_" in name for name in stored)
+
+
+def test_a_trained_encoder_belongs_to_the_checkpoint(recipe):
+    result, _ = _run(recipe, "model.train_encoder=true", "answer_limit=0", "optim.max_steps=2")
+    assert any(name.startswith("speech_encoder.") for name in _weights(result.folder))
+    from blspkd.model.loading import load_model
+
+    model, _ = load_model(result.folder)
+    stored = _weights(result.folder)
+    assert all(torch.equal(model.get_parameter(name), stored[name]) for name in stored)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(recipe):
+    common = ["answer_limit=0", "optim.max_steps=2", "optim.share_prompt=false"]
+    plain, _ = _run(recipe, *common, f"output={recipe.parent / 'plain'}")
+    checkpointed, _ = _run(
+        recipe, *common, "optim.gradient_checkpointing=true", f"output={recipe.parent / 'ck'}"
+    )
+    expected, found = _weights(plain.folder), _weights(checkpointed.folder)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(recipe):
+    _run(recipe, "answer_limit=0", "optim.max_steps=1")
+    with pytest.raises(ValueError, match="is not empty: go on with --resume"):
+        _run(recipe)
+    again, _ = _run(recipe, "answer_limit=0", "optim.max_steps=1", force=True)
+    assert (again.folder / "model.safetensors").exists()
+
+
+def test_force_never_empties_a_folder_that_is_no_run(recipe, tmp_path):
+    other = tmp_path / "precious"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="no run's folder"):
+        _run(recipe, f"output={other}", force=True)
+    assert (other / "thesis.tex").exists()
+
+
+def test_nothing_to_resume(recipe):
+    with pytest.raises(ValueError, match="nothing to resume"):
+        _run(recipe, resume=True)
+
+
+def test_held_out_clips_must_not_be_trained_on(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"4 of its clips are also in data\.train"):
+        _run(recipe, f"data.eval.unseen={tmp_path / 'train.jsonl'}")
+
+
+def test_response_losses_need_responses(recipe, tmp_path):
+    records = read_manifest(tmp_path / "train.jsonl")
+    bare = [dataclasses.replace(r, response=None, response_finished=None) for r in records]
+    write_manifest(tmp_path / "bare.jsonl", bare)
+    with pytest.raises(ValueError, match="blspkd respond"):
+        _run(recipe, f"data.train={tmp_path / 'bare.jsonl'}")
+    _, lines = _run(
+        recipe,
+        f"data.train={tmp_path / 'bare.jsonl'}",
+        f"data.responses={tmp_path / 'train.jsonl'}",
+        "optim.max_steps=1",
+        "answer_limit=0",
+    )
+    assert "4 with a response" in lines[0]
+
+
+def test_clips_that_are_too_long_are_counted(recipe):
+    _, lines = _run(
+        recipe, "data.max_duration=0.8", "optim.max_steps=1", "answer_limit=0", "data.eval={}"
+    )
+    assert "dropped 2: longer than 0.8 s" in lines[0]
+    with pytest.raises(ValueError, match="no usable clip is left"):
+        _run(recipe, "data.max_text_tokens=5", f"output={recipe.parent / 'other'}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.encoder=''", "model.encoder is not set"),
+        ("data.train=''", "data.train is not set"),
+        ("data.train=/nowhere.jsonl", "nowhere.jsonl"),
+        ("trainer.seed=1", "trainer.seed is set by a field of its own"),
+        ("trainer.deepsped=x", "no field of transformers.TrainingArguments"),
+    ],
+)
+def test_bad_values_are_named(recipe, override, message):
+    with pytest.raises(ValueError, match=message):
+        _run(recipe, override)
+
+
+def test_a_dry_run_describes_and_trains_nothing(recipe):
+    text = dry_run(load_config(recipe), say=lambda _: None)
+    assert "adapter 0.0" in text
+    assert "input_ids (2, " in text
+    assert not (recipe.parent / "run").exists()
+
+
+def test_interrupted_it_leaves_a_checkpoint_and_goes_on(recipe):
+    command = [sys.executable, "-m", "blspkd", "train", str(recipe), "answer_limit=0"]
+    many = [*command, "optim.max_steps=5000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(many, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 2/"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "--resume" in rest
+    folder = recipe.parent / "run"
+    [checkpoint] = folder.glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    resumed, _ = _run(recipe, "answer_limit=0", f"optim.max_steps={step + 2}", resume=True)
+    assert (resumed.folder / "model.safetensors").exists()
