@@ -56,7 +56,7 @@ def test_all_files_together_stay_under_fifteen_megabytes():
 
 def test_only_safetensors_and_plain_files_are_shipped():
     kinds = {f.suffix for f in TINY.rglob("*") if f.is_file()}
-    assert kinds <= {".safetensors", ".json", ".tar", ".jinja"}
+    assert kinds <= {".safetensors", ".json", ".tar", ".jinja", ".yaml"}
 
 
 def test_the_manifests_and_the_archive_name_the_same_clips():

@@ -50,8 +50,10 @@ def command(
     from blspkd.data.respond import RespondConfig, respond
     from blspkd.model.bases import load_feature_extractor, load_language_model, load_tokenizer
     from blspkd.model.configuration import DEFAULT_PROMPT
+    from blspkd.model.loading import quieten_transformers
     from blspkd.model.processing import BlspKDProcessor
 
+    quieten_transformers()
     index, _, count = shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise click.BadParameter(f"expected I/N with I < N, got {shard!r}", param_hint="--shard")

@@ -34,15 +34,15 @@ def command(
     Without a configuration, the built-in recipe `tiny` is run: it needs no network and no GPU.
     KEY=VALUE pairs, such as optim.learning_rate=1e-4, override the configuration.
     """
-    from transformers.utils import logging as transformers_logging
+    from accelerate import PartialState
 
+    from blspkd.model.loading import quieten_transformers
     from blspkd.training.config import load_config
     from blspkd.training.dry_run import dry_run as run_dry
     from blspkd.training.report import table
     from blspkd.training.run import train
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quieten_transformers()
     overrides = list(arguments)
     path = Path(__file__).parent.parent / TINY / "recipe.yaml"
     if overrides and "=" not in overrides[0]:
@@ -56,6 +56,8 @@ def command(
         click.echo(run_dry(config, say=say))
         return
     result = train(config, resume=resume, force=force, overfit=overfit or 0, say=say)
+    if not PartialState().is_main_process:
+        return
     if result.interrupted:
         say(f"interrupted; go on with: blspkd train {' '.join(arguments)} --resume")
         context.exit(130)

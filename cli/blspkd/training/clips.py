@@ -67,7 +67,9 @@ def read_clips(
     if overfit:
         return Clips(train_records, {"training clips": train_records}, dropped)
     held_out = {
-        name: usable(path, config.data.eval_limit) for name, path in config.data.eval.items()
+        name: usable(path, config.data.eval_limit)
+        for name, path in config.data.eval.items()
+        if path  # null takes a set of the recipe's away
     }
     trained = {record.audio.resolve() for record in train_records}
     for name, records in held_out.items():

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 
 from blspkd.data.batches import ClipDataset, Collator
@@ -74,20 +76,24 @@ def train(
         ValueError: for whatever is wrong with configuration or data; nothing is trained then.
     """
     check_schedule(config.losses)
-    folder = open_folder(config, resume=resume, force=force)
-    if force and not resume:
-        _clear(folder)
+    process = PartialState(cpu=not torch.cuda.is_available())
+    if not process.is_main_process:
+        say = _say_nothing
+    folder = _common_folder(config, process, resume=resume, force=force)
     processor = make_processor(config)
-    clips = read_clips(config, processor, folder, overfit=overfit)
+    with process.main_process_first():  # it unpacks what comes inside the package
+        clips = read_clips(config, processor, folder, overfit=overfit)
     say(describe_clips(clips))
     set_seed(config.seed)
-    model = build_model(config)
+    model = build_model(config).to(process.device)
     say(describe_parameters(model))
-    write_config(folder, config)
+    if process.is_main_process:
+        write_config(folder, config)
 
     cache = None
     if config.data.cache_features:
-        cache = _filled_cache(config, folder, model, processor, clips, say)
+        with process.main_process_first():
+            cache = _filled_cache(config, folder, model, processor, clips, say)
     collator = Collator(
         processor,
         full_window=config.model.full_window,
@@ -127,7 +133,8 @@ def train(
     say("measuring the held-out clips")
     trained = trainer.accelerator.unwrap_model(trainer.model)
     after = {**held_out.measure(trained), **held_out.answer(trained)}
-    write_json(folder / SUMMARY_NAME, {"before": before, "after": after})
+    if process.is_main_process:
+        write_json(folder / SUMMARY_NAME, {"before": before, "after": after})
     return RunResult(folder, before, after, interrupted=False)
 
 
@@ -214,8 +221,28 @@ def _figures_before(
         return stored
     say("measuring the held-out clips before training")
     before = {**held_out.measure(model), **held_out.answer(model)}
-    write_json(path, before)
+    if PartialState().is_main_process:
+        write_json(path, before)
     return before
+
+
+def _say_nothing(text: str) -> None:
+    """What processes other than the main one have to say."""
+
+
+def _common_folder(
+    config: TrainConfig, process: PartialState, *, resume: bool, force: bool
+) -> Path:
+    """The run's folder, opened by the main process and named to the others."""
+    found: list[str | None] = [None]
+    if process.is_main_process:
+        folder = open_folder(config, resume=resume, force=force)
+        if force and not resume:
+            _clear(folder)
+        found = [str(folder)]
+    broadcast_object_list(found)
+    assert found[0] is not None
+    return Path(found[0])
 
 
 def _clear(folder: Path) -> None:

@@ -1,0 +1,110 @@
+"""Keeps the figures of runs in results/, and writes README.md's tables from them.
+
+    python -m benchmarks.readme keep NAME RUN_FOLDER [EVAL_FOLDER]
+    python -m benchmarks.readme write
+
+`keep` copies what `blspkd train` measured (and, given its folder, what `blspkd eval` printed) into
+results/NAME.json. `write` fills each part of README.md between `<!-- results: NAME -->` and
+`<!-- end of results -->`; a test checks that README.md is what it writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.measure import machine
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+SHOWN = {
+    "input_kl": "KL after each token of the utterance (nats)",
+    "response_kl": "KL over the LLM's own response (nats)",
+    "input_top1": "same likeliest next token, utterance",
+    "token_accuracy": "speech tokens nearest to their text token",
+    "length_exact": "exact number of tokens",
+    "length_within_one": "number of tokens within one",
+    "repeat_wer": "word error rate when asked to repeat",
+    "same_answer": "very same answer to speech as to text",
+}
+PLAIN = ("input_kl", "response_kl")
+
+
+def keep(name: str, run: Path, evaluation: Path | None = None) -> Path:
+    """Copy a run's figures into results/NAME.json."""
+    figures = json.loads((run / "summary.json").read_text())
+    resolved = yaml.safe_load((run / "train.yaml").read_text())
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = {
+        "commit": resolved["commit"],
+        "versions": resolved["versions"],
+        "device": machine("cpu")["device"],
+        "steps": resolved["config"]["optim"]["max_steps"],
+        "batch_size": resolved["config"]["optim"]["batch_size"],
+        "train_seconds": sum(row["train_runtime"] for row in log if "train_runtime" in row),
+        **figures,
+    }
+    if evaluation is not None:
+        kept["eval"] = json.loads((evaluation / "metrics.json").read_text())
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    return path
+
+
+def run_table(figures: dict[str, Any]) -> str:
+    """Held-out figures before -> after, a column per set."""
+    after, before = figures["after"], figures["before"]
+    sets = list(dict.fromkeys(key.partition("/")[0] for key in after))
+    heads = [f"{one} ({after[f'{one}/clips']:.0f})" for one in sets]
+    lines = [f"| held-out clips | {' | '.join(heads)} |", "|---|" + "---|" * len(sets)]
+    for meter, label in SHOWN.items():
+        cells = [_change(meter, before, after, f"{one}/{meter}") for one in sets]
+        if any(cells):
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def text(name: str, figures: dict[str, Any]) -> str:
+    """What stands between a part's marks."""
+    made = (
+        f"Measured before -> after {figures['steps']} steps of {figures['batch_size']} clips on "
+        f"{figures['device']} ([`benchmarks/results/{name}.json`](benchmarks/results/{name}.json)):"
+    )
+    return f"{made}\n\n{run_table(figures)}"
+
+
+def filled(readme: str) -> str:
+    """README.md's text with every part made anew; a part without results stays empty."""
+
+    def part(match: re.Match[str]) -> str:
+        path = RESULTS / f"{match[1]}.json"
+        body = text(match[1], json.loads(path.read_text())) + "\n" if path.exists() else ""
+        return f"<!-- results: {match[1]} -->\n{body}<!-- end of results -->"
+
+    pattern = r"<!-- results: (\w+) -->\n.*?<!-- end of results -->"
+    return re.sub(pattern, part, readme, flags=re.DOTALL)
+
+
+def _change(meter: str, before: dict[str, float], after: dict[str, float], key: str) -> str:
+    if key not in after:
+        return ""
+    show = "{:.2f}" if meter in PLAIN else "{:.1%}"
+    old = show.format(before[key]) + " -> " if key in before else ""
+    return old + show.format(after[key])
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["keep", name, run, *evaluation]:
+            print(keep(name, Path(run), *map(Path, evaluation)))
+        case ["write"]:
+            path = ROOT / "README.md"
+            path.write_text(filled(path.read_text("utf-8")), "utf-8")
+        case _:
+            sys.exit(__doc__)
