@@ -33,6 +33,14 @@ SHOWN = {
     "same_answer": "very same answer to speech as to text",
 }
 PLAIN = ("input_kl", "response_kl")
+EVAL_SHOWN = {
+    "wer": "WER of the LLM's repetition",
+    "transcript_wer": "WER of what was recognised",
+    "self_bleu": "Self-BLEU",
+    "self_rouge_l": "Self-ROUGE-L",
+    "same_answer": "very same answer",
+}
+PLAIN_EVAL = ("self_bleu",)
 
 
 def keep(name: str, run: Path, evaluation: Path | None = None) -> Path:
@@ -76,7 +84,26 @@ def text(name: str, figures: dict[str, Any]) -> str:
         f"Measured before -> after {figures['steps']} steps of {figures['batch_size']} clips on "
         f"{figures['device']} ([`benchmarks/results/{name}.json`](benchmarks/results/{name}.json)):"
     )
-    return f"{made}\n\n{run_table(figures)}"
+    parts = [made, run_table(figures)]
+    if "eval" in figures:
+        evaluation = figures["eval"]
+        parts.append(f"`blspkd eval` on {evaluation['clips']} of the held-out sentences:")
+        parts.append(rows_table(evaluation["rows"]))
+    return "\n\n".join(parts)
+
+
+def rows_table(rows: dict[str, dict[str, float]]) -> str:
+    """The rows of `blspkd eval`, a column per metric."""
+    metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    lines = [f"| | {' | '.join(EVAL_SHOWN[metric] for metric in metrics)} |"]
+    lines.append("|---|" + "---|" * len(metrics))
+    for name, row in rows.items():
+        cells = [
+            "" if m not in row else f"{row[m]:.1f}" if m in PLAIN_EVAL else f"{row[m]:.1%}"
+            for m in metrics
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def filled(readme: str) -> str:
