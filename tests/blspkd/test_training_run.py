@@ -69,6 +69,11 @@ def _weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+def _logged(folder, name):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if "loss" in row]
+
+
 def test_a_run_leaves_a_model_its_figures_and_how_it_came_about(recipe):
     result, lines = _run(recipe, "optim.max_steps=30", "optim.learning_rate=1e-2")
     assert "4 training clips" in lines[0]
@@ -266,3 +271,28 @@ def test_interrupted_it_leaves_a_checkpoint_and_goes_on(recipe):
     step = int(checkpoint.name.split("-")[1])
     resumed, _ = _run(recipe, "answer_limit=0", f"optim.max_steps={step + 2}", resume=True)
     assert (resumed.folder / "model.safetensors").exists()
+
+
+def test_two_processes_take_the_steps_of_one(recipe):
+    common = ["answer_limit=0", "optim.max_steps=2", "optim.learning_rate=1e-3"]
+    still = ["model.adapter.dropout=0.0", "model.plora.lora_dropout=0.0"]
+    alone, _ = _run(
+        recipe, *common, *still, "optim.batch_size=2", f"output={recipe.parent / 'one'}"
+    )
+    two = recipe.parent / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "blspkd", "train", str(recipe), *common, *still]
+    result = subprocess.run(
+        [*command, "optim.batch_size=1", f"output={two}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    # AdamW forgives a gradient its scale, the logged norm and losses do not
+    for name in ("grad_norm", "loss/token", "loss/input_kl", "loss/response_kl", "loss/quantity"):
+        assert _logged(two, name) == pytest.approx(_logged(alone.folder, name), rel=1e-3), name
+    expected, found = _weights(alone.folder), _weights(two)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
