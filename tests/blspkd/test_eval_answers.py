@@ -6,12 +6,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blspkd.data import read_manifest
 from blspkd.evaluation.answers import (
-    Decoding,
     answer_from_speech,
     answer_from_text,
     nearest_embedding_transcripts,
 )
 from blspkd.evaluation.cascade import Transcriber
+from blspkd.model.decoding import Decoding
 from blspkd.model.loading import load_config, load_model
 from blspkd.model.processing import as_messages
 

@@ -30,9 +30,7 @@ def test_a_clip_is_encoded_alike_in_any_batch(stock):
     with torch.no_grad():
         batch, batch_mask = encoder(features, mask)
         alone, alone_mask = encoder(features[:1, :, :60], mask[:1, :60])
-    assert (
-        batch_mask.sum(dim=1).tolist() == encoder.output_lengths(torch.tensor([60, 101])).tolist()
-    )
+    assert batch_mask.sum(dim=1).tolist() == [30, 51]
     torch.testing.assert_close(batch[0, :30], alone[0], atol=1e-5, rtol=0)
     assert alone_mask.all()
 

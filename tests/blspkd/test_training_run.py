@@ -222,6 +222,23 @@ def test_response_losses_need_responses(recipe, tmp_path):
     assert "4 with a response" in lines[0]
 
 
+def test_joined_responses_count_towards_the_length(recipe, tmp_path):
+    records = read_manifest(tmp_path / "train.jsonl")
+    bare = [dataclasses.replace(r, response=None, response_finished=None) for r in records]
+    long = [dataclasses.replace(r, response="the sea " * 300) for r in records[:1]]
+    write_manifest(tmp_path / "bare.jsonl", bare)
+    write_manifest(tmp_path / "long.jsonl", [*long, *records[1:]])
+    _, lines = _run(
+        recipe,
+        f"data.train={tmp_path / 'bare.jsonl'}",
+        f"data.responses={tmp_path / 'long.jsonl'}",
+        "optim.max_steps=1",
+        "answer_limit=0",
+    )
+    assert "3 training clips" in lines[0]
+    assert "dropped 1: more than 384 tokens" in lines[0]
+
+
 def test_clips_that_are_too_long_are_counted(recipe):
     _, lines = _run(
         recipe, "data.max_duration=0.8", "optim.max_steps=1", "answer_limit=0", "data.eval={}"

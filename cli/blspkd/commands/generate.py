@@ -47,8 +47,8 @@ def command(
 
     Clips last 0.1 to 30 s. Any sampling rate and number of channels will do.
     """
-    from blspkd.evaluation.answers import Decoding
     from blspkd.evaluation.clips import answer_clips, read_clips
+    from blspkd.model.decoding import Decoding
     from blspkd.model.loading import load_config, load_model, quieten_transformers
 
     decoding = Decoding(

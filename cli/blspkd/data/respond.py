@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from blspkd.model.decoding import Decoding
 from blspkd.model.processing import BlspKDProcessor
 
 from .batches import record_messages
@@ -121,14 +122,7 @@ def _answers(
     tokens: Tensor = model.generate(
         input_ids=batch["input_ids"].to(device),
         attention_mask=batch["attention_mask"].long().to(device),
-        max_new_tokens=config.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        pad_token_id=processor.tokenizer.pad_token_id,
+        **Decoding(max_new_tokens=config.max_new_tokens).options(processor),
     )
     new = tokens[:, batch["input_ids"].shape[1] :]
     ends = model.generation_config.eos_token_id

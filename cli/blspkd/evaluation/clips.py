@@ -10,10 +10,11 @@ import torch
 
 from blspkd.data.manifest import Record
 from blspkd.model.audio import SAMPLING_RATE, is_silent, load_audio
+from blspkd.model.decoding import GREEDY, Decoding
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import PLACEHOLDER, BlspKDProcessor, Messages, as_messages
 
-from .answers import GREEDY, Decoding, answer_from_speech
+from .answers import answer_from_speech
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 from blspkd.data.batches import ClipDataset, Collator, batches_of
 from blspkd.data.manifest import Record
 from blspkd.model.audio import MAX_DURATION, load_audio
+from blspkd.model.decoding import Decoding
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor
 
 from .answers import (
-    Decoding,
     answer_from_speech,
     answer_from_text,
     nearest_embedding_transcripts,

@@ -5,7 +5,6 @@ Shapes: B batch, M mel bins, F mel frames (100 Hz), T encoder frames (50 Hz), D 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
@@ -78,7 +77,3 @@ class SpeechEncoder(nn.Module):
             output = layer(x, attention_mask=attention)
             x = output[0] if isinstance(output, tuple) else output
         return encoder.layer_norm(x), mask
-
-    def output_lengths(self, mel_frames: Tensor) -> Tensor:
-        """Encoder frames that ``mel_frames`` (any shape, int) become: ceil(F / 2)."""
-        return torch.div(mel_frames + 1, 2, rounding_mode="floor")

@@ -37,7 +37,7 @@ class LossWeights:
     quantity: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse weights that are negative, or all zero."""
+        """Refuse weights that are negative or no number."""
         for field in fields(self):
             if not getattr(self, field.name) >= 0:
                 raise ValueError(

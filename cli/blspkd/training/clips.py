@@ -41,8 +41,10 @@ def read_clips(
         raise ValueError("data.train is not set: give a manifest, as `blspkd prepare` writes it")
     dropped = Counter[str]()
 
-    def usable(reference: str, limit: int | None) -> list[Record]:
+    def usable(reference: str, limit: int | None, responses: str | None = None) -> list[Record]:
         records = read_manifest(resolve_manifest(reference, folder / "data"))[:limit]
+        if responses is not None:
+            records = join_responses(records, Path(responses))
         kept, why = keep_usable(
             records,
             processor,
@@ -55,9 +57,7 @@ def read_clips(
         dropped.update(why)
         return kept
 
-    train_records = usable(config.data.train, overfit or config.data.limit)
-    if config.data.responses is not None:
-        train_records = join_responses(train_records, Path(config.data.responses))
+    train_records = usable(config.data.train, overfit or config.data.limit, config.data.responses)
     wants_responses = config.losses.response_kl.weight > 0 or config.losses.response_ce.weight > 0
     if wants_responses and not any(record.response for record in train_records):
         raise ValueError(

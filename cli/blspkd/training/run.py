@@ -28,6 +28,7 @@ from .clips import Clips, describe_clips, read_clips
 from .config import TrainConfig
 from .folder import (
     BEFORE_NAME,
+    CONFIG_NAME,
     LOG_NAME,
     SUMMARY_NAME,
     last_checkpoint,
@@ -247,7 +248,7 @@ def _common_folder(
 
 def _clear(folder: Path) -> None:
     """Empty a folder that is to be started over in, if it is a run's."""
-    if not (folder / "train.yaml").exists() and any(folder.iterdir()):
+    if not (folder / CONFIG_NAME).exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is no run's folder (it has no train.yaml): not emptying it")
     for path in folder.iterdir():
         if path.is_dir():
