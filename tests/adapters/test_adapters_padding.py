@@ -12,7 +12,7 @@ from speech_adapters import (
 )
 
 WIDTH, OUTPUT = 16, 24
-ADAPTERS = ["cformer", "cformer-stacked", "cformer-conv-alpha", "conv"]
+ADAPTERS = ["cformer", "cformer-stacked", "cformer-conv-alpha", "cformer-mlp-alpha", "conv"]
 
 
 def build(kind, seed=0):
@@ -20,6 +20,7 @@ def build(kind, seed=0):
     if kind == "conv":
         config = ConvSubsamplerConfig(input_size=WIDTH, output_size=OUTPUT, bottleneck_size=8)
         return ConvSubsampler(config).eval()
+    heads = {"cformer-conv-alpha": "conv", "cformer-mlp-alpha": "mlp"}
     config = CFormerConfig(
         input_size=WIDTH,
         output_size=OUTPUT,
@@ -27,7 +28,7 @@ def build(kind, seed=0):
         num_post_layers=1,
         num_heads=2,
         frame_stacking=3 if kind == "cformer-stacked" else 1,
-        alpha_head="conv" if kind == "cformer-conv-alpha" else "last_channel",
+        alpha_head=heads.get(kind, "last_channel"),
     )
     return CFormer(config).eval()
 

@@ -222,6 +222,7 @@ def test_impossible_configurations_are_refused(config, options, message):
     [
         ({"num_heads": 3}, "hidden_size=8 must be a multiple of 2 \\* num_heads=6"),
         ({"alpha_head": "first_channel"}, "alpha_head"),
+        ({"alpha_noise": -1.0}, "alpha_noise"),
         ({"tail": "wag"}, "tail"),
         ({"threshold": 0.0}, "threshold"),
     ],

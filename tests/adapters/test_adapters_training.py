@@ -151,3 +151,20 @@ def test_gradient_of_a_whole_cformer_is_the_slope():
                 b -= step * direction
             measured = (loss(ahead) - loss(behind)).item() / (2 * step)
         assert measured == pytest.approx(slope, rel=1e-4, abs=1e-4)
+
+
+def test_noise_on_the_firing_weights_is_for_training_alone():
+    torch.manual_seed(0)
+    config = CFormerConfig(
+        input_size=WIDTH,
+        output_size=OUTPUT,
+        num_pre_layers=0,
+        num_post_layers=0,
+        num_heads=2,
+        dropout=0.0,
+        alpha_noise=1.0,
+    )
+    adapter, (frames, mask, _) = CFormer(config), data()
+    assert not torch.equal(adapter(frames, mask).alphas, adapter(frames, mask).alphas)
+    adapter.eval()
+    assert torch.equal(adapter(frames, mask).alphas, adapter(frames, mask).alphas)

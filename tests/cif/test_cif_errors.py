@@ -40,7 +40,8 @@ def test_function(change, error, message):
     ("change", "message"),
     [
         ({"hidden_size": 1}, r"hidden_size: expected at least 2"),
-        ({"alpha_head": "mlp"}, r"alpha_head: expected one of last_channel, conv, got 'mlp'"),
+        ({"alpha_head": "dense"}, r"alpha_head: expected one of last_channel.*got 'dense'"),
+        ({"alpha_noise": -0.1}, r"alpha_noise: .*got -0.1"),
         ({"alpha_head": "conv", "kernel_size": 4}, r"kernel_size: .*odd.*got 4"),
         ({"output_size": 0}, r"output_size: .*got 0"),
         ({"threshold": -1.0}, r"threshold: .*got -1.0"),

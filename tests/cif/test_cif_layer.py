@@ -3,7 +3,7 @@ import torch
 
 from cif import CIF, CIFOutput, cif
 
-HEADS = ["last_channel", "conv"]
+HEADS = ["last_channel", "conv", "mlp"]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -105,9 +105,23 @@ def test_it_learns_to_count(head):
     assert exact() > 0.8
 
 
-def test_state_dict_round_trip_and_repr():
-    first, second = CIF(4, alpha_head="conv"), CIF(4, alpha_head="conv")
+@pytest.mark.parametrize("head", HEADS)
+def test_state_dict_round_trip_and_repr(head):
+    first, second = CIF(4, alpha_head=head), CIF(4, alpha_head=head)
     second.load_state_dict(first.state_dict())
     hidden = torch.randn(1, 9, 4)
     assert torch.equal(first(hidden).hidden_states, second(hidden).hidden_states)
-    assert "alpha_head='conv'" in repr(first)
+    assert f"alpha_head='{head}'" in repr(first)
+
+
+@pytest.mark.parametrize(
+    ("head", "parameters"),
+    [
+        ("last_channel", {"projection"}),
+        ("conv", {"projection", "alpha_conv", "alpha_linear"}),
+        ("mlp", {"projection", "alpha_hidden", "alpha_linear"}),
+    ],
+)
+def test_parameter_names_stay_those_of_saved_models(head, parameters):
+    expected = {f"{name}.{kind}" for name in parameters for kind in ("weight", "bias")}
+    assert set(CIF(4, alpha_head=head).state_dict()) == expected

@@ -36,6 +36,7 @@ class CFormerConfig:
         frame_stacking: how many successive frames become one before the first layer; 1 is the
             paper's, 4 brings Whisper's 50 Hz to 12.5 Hz.
         alpha_head: how CIF predicts its weights, see :class:`cif.CIF`.
+        alpha_noise: standard deviation of the noise on their logits in training.
         threshold: CIF's firing threshold, beta.
         tail: what becomes of the residual when no length is given, see :func:`cif.cif`.
         output_rms: root mean square that the outputs have at initialisation; set it to that of the
@@ -51,7 +52,8 @@ class CFormerConfig:
     ffn_size: int | None = None
     dropout: float = 0.1
     frame_stacking: int = 1
-    alpha_head: Literal["last_channel", "conv"] = "last_channel"
+    alpha_head: Literal["last_channel", "conv", "mlp"] = "last_channel"
+    alpha_noise: float = 0.0
     threshold: float = 1.0
     tail: Literal["round", "threshold", "drop", "keep"] = "round"
     output_rms: float | None = None
@@ -98,6 +100,7 @@ class CFormer(nn.Module):
         self.cif = CIF(
             width,
             alpha_head=config.alpha_head,
+            alpha_noise=config.alpha_noise,
             threshold=config.threshold,
             tail=config.tail,
         )

@@ -5,17 +5,24 @@ Shapes: B batch, T frames, N tokens, D width.
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+import math
+from typing import cast, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cif.backends import Backend
 from cif.functional import CIFOutput, cif
+from cif.heads import (
+    AlphaHead,
+    alphas_from_logits,
+    conv_logits,
+    last_channel_logits,
+    mlp_logits,
+)
 from cif.prefix import Tail
 from cif.validation import check_options
-
-AlphaHead = Literal["last_channel", "conv"]
 
 
 class CIF(nn.Module):
@@ -24,17 +31,21 @@ class CIF(nn.Module):
     With `alpha_head="last_channel"`, alpha is the sigmoid of the last channel and the other D - 1
     channels are integrated and projected, the layout of arXiv 2405.19041 and of CIF's own paper
     (arXiv 1905.11235, where a window of frames predicts alpha; here the layers below see to that).
-    With "conv", a convolution over a few frames, a ReLU and one linear unit predict alpha, and all
-    D channels are integrated.
+    With "conv", a convolution over a few frames, a ReLU and one linear unit predict alpha, and with
+    "mlp" a linear layer, a GELU and one linear unit, frame by frame; then all D channels are
+    integrated.
 
     Args:
         hidden_size: D, at least 2 for "last_channel".
-        alpha_head: "last_channel" or "conv".
+        alpha_head: "last_channel", "conv" or "mlp".
         threshold: as for `cif.cif`.
         tail: as for `cif.cif`.
         tail_threshold: as for `cif.cif`.
         output_size: width of the output; None for `hidden_size`.
         kernel_size: frames that the convolution of "conv" sees, odd.
+        alpha_noise: standard deviation of the Gaussian noise added to the logits of alpha, in
+            training mode only, see `cif.heads.alphas_from_logits`; drawn from torch's global
+            generator. 0 adds none.
         backend: as for `cif.cif`.
 
     Raises:
@@ -51,6 +62,7 @@ class CIF(nn.Module):
         tail_threshold: float = 0.5,
         output_size: int | None = None,
         kernel_size: int = 3,
+        alpha_noise: float = 0.0,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -70,6 +82,10 @@ class CIF(nn.Module):
             )
         if output_size is not None and output_size < 1:
             raise ValueError(f"output_size: expected at least 1 or None, got {output_size}")
+        if not 0 <= alpha_noise < math.inf:
+            raise ValueError(
+                f"alpha_noise: expected a standard deviation of at least 0, got {alpha_noise}"
+            )
         check_options(threshold, tail, tail_threshold, None, backend)
         self.hidden_size = hidden_size
         self.alpha_head = alpha_head
@@ -77,6 +93,7 @@ class CIF(nn.Module):
         self.tail = tail
         self.tail_threshold = tail_threshold
         self.output_size = hidden_size if output_size is None else output_size
+        self.alpha_noise = alpha_noise
         self.backend = backend
         integrated = hidden_size - 1 if alpha_head == "last_channel" else hidden_size
         self.projection = nn.Linear(integrated, self.output_size)
@@ -85,6 +102,14 @@ class CIF(nn.Module):
                 hidden_size, hidden_size, kernel_size, padding=kernel_size // 2
             )
             self.alpha_linear = nn.Linear(hidden_size, 1)
+        elif alpha_head == "mlp":
+            self.alpha_hidden = nn.Linear(hidden_size, hidden_size)
+            self.alpha_linear = nn.Linear(hidden_size, 1)
+
+    @property
+    def alpha_context(self) -> int:
+        """Frames on either side that the weight of a frame depends on."""
+        return self.alpha_conv.kernel_size[0] // 2 if self.alpha_head == "conv" else 0
 
     def extra_repr(self) -> str:
         """Return the options that are not visible in the submodules."""
@@ -104,20 +129,31 @@ class CIF(nn.Module):
             (B, T) float32 in [0, 1] (float64 for float64 input), 0 at masked frames.
         """
         frame_mask = None if attention_mask is None else attention_mask.bool()
+        if frame_mask is not None and self.alpha_head != "last_channel":
+            # What stands in padding reaches neither a real frame nor a parameter's gradient.
+            hidden_states = torch.where(frame_mask[..., None], hidden_states, 0.0)
+        context = self.alpha_context
+        if context:
+            hidden_states = F.pad(hidden_states, (0, 0, context, context))
+        logits = self.alpha_logits(hidden_states)
+        noise = self.alpha_noise if self.training else 0.0
+        return alphas_from_logits(logits, frame_mask, noise=noise)
+
+    def alpha_logits(self, padded: Tensor) -> Tensor:
+        """Apply the head to frames that bring their neighbours along, without mask or noise.
+
+        Args:
+            padded: (B, C + T + C, D) float, C = `alpha_context`: the frames with their neighbours,
+                zeros where there are none (beyond the ends of the row, and in padding).
+
+        Returns:
+            (B, T), what alpha is the sigmoid of.
+        """
         if self.alpha_head == "last_channel":
-            logits = hidden_states[..., -1]
-        else:
-            # Zeros as the convolution itself pads with: what stands in padding does not matter.
-            if frame_mask is not None:
-                hidden_states = torch.where(frame_mask[..., None], hidden_states, 0.0)
-            window = self.alpha_conv(hidden_states.transpose(1, 2)).transpose(1, 2)
-            logits = self.alpha_linear(window.relu()).squeeze(-1)
-        # A sum over many frames needs more than the 8 bits of a bfloat16 sigmoid.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if frame_mask is not None:
-            # Before the sigmoid, whose gradient would turn NaN in padding into NaN times zero.
-            logits = logits.masked_fill(~frame_mask, -torch.inf)
-        return logits.sigmoid()
+            return last_channel_logits(padded)
+        if self.alpha_head == "conv":
+            return conv_logits(padded, self.alpha_conv, self.alpha_linear)
+        return mlp_logits(padded, self.alpha_hidden, self.alpha_linear)
 
     def forward(
         self,
