@@ -5,25 +5,16 @@ Shapes: B batch, T frames, N tokens, D width.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cif.backends import Backend
+from cif.alignment import Alignment, build_alignment
+from cif.backends import Backend, resolve
 from cif.backends.torch_backend import integrate
-from cif.prefix import (
-    MAX_TOTAL,
-    ONE,
-    Tail,
-    fire_times,
-    fixed_point_prefix,
-    row_totals,
-    scale_prefix,
-    tail_counts,
-)
-from cif.validation import check_options, check_tensors
+from cif.prefix import Tail
+from cif.validation import check_alphas, check_hidden_states, check_options
 
 
 class CIFOutput(NamedTuple):
@@ -101,7 +92,9 @@ def cif(
         tail_threshold: in (0, 1], for `tail="threshold"`.
         max_tokens: N, the length of the output. Rows with more tokens are cut off (`lengths` too),
             not scaled to fit. If None, N is the largest length, which is read from the device.
-        backend: "auto" or "torch".
+        backend: "torch" runs anywhere. "triton" runs on GPUs, and needs triton. "auto" is "triton"
+            where that can run, else "torch". "dense" writes out the (B, N, T) matrix of weights:
+            for derivatives of any order and for export to ONNX.
 
     Returns:
         The tokens, with lengths, mask, sum of alpha and fire times.
@@ -109,82 +102,87 @@ def cif(
     Raises:
         TypeError: a tensor has a dtype of the wrong kind.
         ValueError: shapes or devices do not fit, or an option is out of range. Values on the
-            device are not looked at, except a negative target length where N is read anyway.
+            device are not looked at, except a negative target length where N is read anyway. Or the
+            backend cannot run here.
     """
-    check_tensors(hidden_states, alphas, attention_mask, target_lengths)
+    check_hidden_states(hidden_states, alphas)
+    check_alphas(alphas, attention_mask, target_lengths)
     check_options(threshold, tail, tail_threshold, max_tokens, backend)
-
-    double = torch.float64 in (hidden_states.dtype, alphas.dtype)
-    work = torch.float64 if double else torch.float32
-    frame_mask = None if attention_mask is None else attention_mask.bool()
-    alphas = alphas.to(work).clamp(min=0.0)
-    if frame_mask is not None:
-        alphas = torch.where(frame_mask, alphas, 0.0)
-
-    summed = alphas.sum(dim=1)
-
-    with torch.no_grad():
-        # A row that is not finite would make indices run wild: it is integrated as zeros and its
-        # unit of weight made NaN, so that the fault shows in the result.
-        valid = summed < threshold * MAX_TOTAL
-        prefix = fixed_point_prefix(alphas.where(valid[:, None], 0.0), threshold)
-        totals = row_totals(prefix)
-        if target_lengths is not None:
-            num_tokens = _longest(target_lengths) if max_tokens is None else max_tokens
-            counts = target_lengths.to(prefix.device, torch.int64).clamp(min=0)
-        else:
-            counts = tail_counts(totals, tail, tail_threshold).where(valid, 1)
-            num_tokens = _longest(counts) if max_tokens is None else max_tokens
-        scale = None
-        if target_lengths is not None or tail == "round":
-            prefix = scale_prefix(prefix, counts)
-            scale = counts.double() * ONE / totals.clamp(min=1)
-        lengths = counts.clamp(max=num_tokens)
-        unit = torch.full_like(summed, threshold).where(valid, math.nan)
-        integrated = (totals.double() / ONE).to(work) * unit
-
-    # The value comes from the integers, the same for every batching; the gradient from the sum.
-    alpha_sum = integrated + (summed - summed.detach())
-    hidden = integrate(
-        hidden_states,
+    backend = resolve(backend, hidden_states.device)
+    if hidden_states.dtype == torch.float64:
+        alphas = alphas.double()
+    alignment = build_alignment(
         alphas,
-        prefix,
-        frame_mask=frame_mask,
-        lengths=lengths.where((totals > 0) | ~valid, 0),
-        scale=scale,
-        unit=unit,
-        num_tokens=num_tokens,
+        attention_mask,
+        target_lengths,
+        threshold=threshold,
+        tail=tail,
+        tail_threshold=tail_threshold,
+        max_tokens=max_tokens,
     )
-    token = torch.arange(num_tokens, device=prefix.device)
-    if target_lengths is None and tail == "threshold":
-        hidden = hidden * _tail_factors(totals, alpha_sum / threshold, token)[..., None]
     return CIFOutput(
-        hidden_states=hidden.to(hidden_states.dtype),
-        lengths=lengths,
-        attention_mask=token < lengths[:, None],
-        alpha_sum=alpha_sum,
-        fire_times=fire_times(prefix, lengths, num_tokens),
+        hidden_states=_integrate(alignment, hidden_states, backend),
+        lengths=alignment.lengths,
+        attention_mask=alignment.attention_mask,
+        alpha_sum=alignment.alpha_sum,
+        fire_times=alignment.fire_times,
     )
 
 
-def _longest(lengths: Tensor) -> int:
-    """Read the largest length; on a GPU this waits for the device."""
-    if lengths.numel() == 0:
-        return 0
-    low, high = torch.stack(lengths.aminmax()).tolist()
-    if low < 0:
-        raise ValueError(f"target_lengths: expected at least 0, got {low}")
-    return int(high)
+def align(
+    alphas: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    target_lengths: Tensor | None = None,
+    threshold: float = 1.0,
+    tail: Tail = "round",
+    tail_threshold: float = 0.5,
+    max_tokens: int | None = None,
+) -> Alignment:
+    """Decide which part of which frame goes into which token, without integrating anything.
 
-
-def _tail_factors(totals: Tensor, tokens: Tensor, token: Tensor) -> Tensor:
-    """Return the factor, (B, N), that makes the token of the rest a whole one.
+    For what `cif` does not return: the weights as a matrix or as a list, and delays.
 
     Args:
-        totals: (B,) int64, Q.40; tokens: (B,), the same as a differentiable number of tokens;
-        token: (N,), the token's index.
+        alphas: (B, T) float, as for `cif`, like all that follow.
+        attention_mask: (B, T) bool or integer.
+        target_lengths: (B,) integer.
+        threshold: the sum of alpha that makes one token.
+        tail: the rule for the rest.
+        tail_threshold: in (0, 1], for `tail="threshold"`.
+        max_tokens: N.
+
+    Returns:
+        The alignment that `cif` integrates with under the same arguments.
+
+    Raises:
+        TypeError: a tensor has a dtype of the wrong kind.
+        ValueError: shapes or devices do not fit, or an option is out of range.
     """
-    exact = (totals % ONE).double() / ONE
-    rest = exact.to(tokens.dtype) + (tokens - tokens.detach())
-    is_rest = (token == (totals // ONE)[:, None]) & (exact > 0)[:, None]
-    return torch.where(is_rest, rest[:, None], 1.0).reciprocal()
+    check_alphas(alphas, attention_mask, target_lengths)
+    check_options(threshold, tail, tail_threshold, max_tokens, "torch")
+    return build_alignment(
+        alphas,
+        attention_mask,
+        target_lengths,
+        threshold=threshold,
+        tail=tail,
+        tail_threshold=tail_threshold,
+        max_tokens=max_tokens,
+    )
+
+
+def _integrate(alignment: Alignment, hidden_states: Tensor, backend: Backend) -> Tensor:
+    """Sum the frames of each token: (B, T, D) to (B, N, D) in the same dtype."""
+    batch, frames, width = hidden_states.shape
+    if backend == "dense":
+        weights = alignment.weights()
+        # A matrix product multiplies what it does not use by zero, NaN included.
+        used = (alignment.frame_ends > alignment.frame_starts)[..., None]
+        values = torch.where(used, hidden_states, 0.0).to(weights.dtype)
+        return (weights @ values).to(hidden_states.dtype)
+    factors = alignment.tail_factors
+    dtype = hidden_states.dtype if factors is None else alignment.units.dtype
+    hidden = integrate(hidden_states.reshape(batch * frames, width), alignment.spans(), dtype)
+    hidden = hidden.view(batch, alignment.num_tokens, width)
+    return hidden if factors is None else (hidden * factors[..., None]).to(hidden_states.dtype)

@@ -14,21 +14,14 @@ from cif.backends import BACKENDS
 from cif.prefix import TAILS
 
 
-def check_tensors(
-    hidden_states: Tensor,
-    alphas: Tensor,
-    attention_mask: Tensor | None,
-    target_lengths: Tensor | None,
-) -> None:
-    """Raise TypeError or ValueError where the tensors given to `cif.cif` do not fit together."""
+def check_hidden_states(hidden_states: Tensor, alphas: Tensor) -> None:
+    """Raise TypeError or ValueError where the frames given to `cif.cif` do not fit its alphas."""
     if hidden_states.dim() != 3:
         raise ValueError(
             f"hidden_states: expected shape (B, T, D), got {tuple(hidden_states.shape)}; "
             "unsqueeze(0) makes a batch of one"
         )
-    for name, tensor in (("hidden_states", hidden_states), ("alphas", alphas)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}; use .float()")
+    _check_floating("hidden_states", hidden_states)
     frames = tuple(hidden_states.shape[:2])
     if tuple(alphas.shape) != frames:
         hint = "; squeeze(-1) drops the last axis" if alphas.dim() == 3 else ""
@@ -36,16 +29,35 @@ def check_tensors(
             f"alphas: expected shape (B, T) = {frames} of hidden_states, "
             f"got {tuple(alphas.shape)}{hint}"
         )
+    if alphas.device != hidden_states.device:
+        raise ValueError(
+            f"alphas: expected device {hidden_states.device} of hidden_states, "
+            f"got {alphas.device}; use .to(hidden_states.device)"
+        )
+
+
+def check_alphas(
+    alphas: Tensor, attention_mask: Tensor | None, target_lengths: Tensor | None
+) -> None:
+    """Raise TypeError or ValueError where alphas, mask and lengths do not fit together."""
+    _check_floating("alphas", alphas)
+    if alphas.dim() != 2:
+        raise ValueError(f"alphas: expected shape (B, T), got {tuple(alphas.shape)}")
     if attention_mask is not None:
         if attention_mask.is_floating_point() or attention_mask.is_complex():
             raise TypeError(
                 f"attention_mask: expected bool or integer, nonzero at real frames, "
                 f"got {attention_mask.dtype}; an additive mask becomes one by `mask == 0`"
             )
-        if tuple(attention_mask.shape) != frames:
+        if attention_mask.shape != alphas.shape:
             raise ValueError(
-                f"attention_mask: expected shape (B, T) = {frames} of hidden_states, "
+                f"attention_mask: expected shape (B, T) = {tuple(alphas.shape)} of alphas, "
                 f"got {tuple(attention_mask.shape)}"
+            )
+        if attention_mask.device != alphas.device:
+            raise ValueError(
+                f"attention_mask: expected device {alphas.device} of alphas, "
+                f"got {attention_mask.device}; use .to(alphas.device)"
             )
     if target_lengths is not None:
         if (
@@ -57,17 +69,16 @@ def check_tensors(
                 f"target_lengths: expected an integer dtype, got {target_lengths.dtype}; "
                 "use .long()"
             )
-        if tuple(target_lengths.shape) != frames[:1]:
+        if target_lengths.shape != alphas.shape[:1]:
             raise ValueError(
-                f"target_lengths: expected shape (B,) = {frames[:1]}, "
+                f"target_lengths: expected shape (B,) = {tuple(alphas.shape[:1])}, "
                 f"got {tuple(target_lengths.shape)}"
             )
-    for name, other in (("alphas", alphas), ("attention_mask", attention_mask)):
-        if other is not None and other.device != hidden_states.device:
-            raise ValueError(
-                f"{name}: expected device {hidden_states.device} of hidden_states, "
-                f"got {other.device}; use .to(hidden_states.device)"
-            )
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}; use .float()")
 
 
 def check_options(

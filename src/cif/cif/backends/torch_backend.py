@@ -1,15 +1,15 @@
 """Integration in plain PyTorch: any device, forward and closed-form backward.
 
-Shapes: B batch, T frames, N tokens, D width, L = T + N intervals.
+Shapes: F frames of the batch, M tokens of the batch, D width, L = F + M intervals.
 
-With c_t the prefix in tokens, k(t) = floor(c_t), g[n, t] = <dL/dout_n, h_t> and threshold beta:
+With s_t and e_t the start and the end of a frame in tokens, k(c) = floor(c), g[n, t] =
+<dL/dout_n, h_t> and threshold beta:
 
-    w[n, t]  = beta * (clip01(c_t - n) - clip01(c_{t-1} - n)),     out_n = sum_t w[n, t] h_t
-    dh_t     = sum_n w[n, t] dout_n
-    dalpha_i = g[k(i), i] + sum_{t > i} (g[k(t), t] - g[k(t-1), t])
+    w[n, t] = beta * (clip01(e_t - n) - clip01(s_t - n)),      out_n = sum_t w[n, t] h_t
+    dh_t    = sum_n w[n, t] dout_n,     de_t = beta * g[k(e_t), t],     ds_t = -beta * g[k(s_t), t]
 
-A frame in which nothing fires adds nothing to that last sum; the tokens in the middle of a frame
-that fires several times have the constant weight beta and do not appear at all.
+The tokens in the middle of a frame that fires several times have the constant weight beta and add
+nothing to the gradient of its ends.
 """
 
 from __future__ import annotations
@@ -19,45 +19,147 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from cif.backends.intervals import merge
+from cif.backends.second_order import refuse_second_derivative
 from cif.prefix import FRACTION_BITS, ONE
+from cif.spans import Intervals, Spans, merge
 
 
-def integrate(
-    hidden_states: Tensor,
-    alphas: Tensor,
-    prefix: Tensor,
-    *,
-    frame_mask: Tensor | None,
-    lengths: Tensor,
-    scale: Tensor | None,
-    unit: Tensor,
-    num_tokens: int,
-) -> Tensor:
+def integrate(hidden_states: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
     """Sum the frames of each token by their weights.
 
     Args:
-        hidden_states: (B, T, D) float.
-        alphas: (B, T) float32 or float64. Only its gradient is used: the values act through
-            `prefix`.
-        prefix: (B, T) int64, Q.40, already scaled.
-        frame_mask: (B, T) bool, True at real frames; None where all are.
-        lengths: (B,) int64, the tokens of each row, at most `num_tokens`; 0 where nothing fires.
-        scale: (B,) float64, d(prefix) / d(alpha / threshold) where the prefix was stretched to end
-            at a whole number; None where it was not.
-        unit: (B,) float32 or float64, the weight of one whole token: the threshold, or NaN to
-            poison the row. Sums and weights are of this dtype.
-        num_tokens: N.
+        hidden_states: (F, D) float.
+        spans: where the frames lie among the tokens.
+        dtype: of the result.
 
     Returns:
-        (B, N, D) of the dtype of `unit`; zeros past `lengths`.
+        (M, D); zeros at tokens that have no frame.
     """
     out: Tensor = _Integrate.apply(  # type: ignore[no-untyped-call]  # torch's
-        hidden_states, alphas, prefix, frame_mask, lengths, scale, unit, num_tokens
+        hidden_states, spans.levels, *spans[:-1]
     )
-    return out
+    return out.to(dtype)
+
+
+class _Integrate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_states: Tensor,
+        levels: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        limits: Tensor,
+        readable: Tensor | None,
+        units: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_states, levels, starts, ends, limits, readable, units)
+        if _is_empty(hidden_states, units):
+            return units.new_zeros(units.shape[0], hidden_states.shape[1])
+        parts = merge(starts, ends, units.shape[0])
+        live = parts.sizes > 0
+        place, offsets = _compact(parts, live)
+        frames = _scattered(parts.frames, place)
+        weights = _scattered(_weights(parts, live, units), place)
+        # The bag after the last token's holds what is left over of the list.
+        return _bags(hidden_states.to(units.dtype), frames, offsets, weights)[:-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_states, levels, *layout = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _gradients(grad, hidden_states, levels, *layout)
+        return (
+            *refuse_second_derivative(gradients, grad, hidden_states, levels),
+            *(None,) * 5,
+        )
+
+
+def _gradients(
+    grad: Tensor,
+    hidden_states: Tensor,
+    levels: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    limits: Tensor,
+    readable: Tensor | None,
+    units: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the frames, (F, D), and of the levels, (2, F)."""
+    if _is_empty(hidden_states, units):
+        return torch.zeros_like(hidden_states), torch.zeros_like(levels)
+    frames = hidden_states.shape[0]
+    parts = merge(starts, ends, units.shape[0])
+    tokens = _scattered(_gradient_rows(parts, limits), parts.order)
+    weights = _scattered(_weights(parts, parts.sizes > 0, units), parts.order)
+    frame = torch.arange(frames, device=starts.device)
+    last = parts.order[:frames]
+    first = frame + (starts >> FRACTION_BITS)
+    offsets = F.pad(last[:-1] + 1, (1, 0))
+    d_hidden, at_end, at_start = _dots(
+        hidden_states.to(units.dtype), grad, tokens, offsets, weights, last, first
+    )
+    # A frame that ends with its row's last token touches no token at its end. Whatever stands
+    # in masked frames, NaN included, has been multiplied into their dot products.
+    starts_inside, ends_inside = (edge >> FRACTION_BITS < limits for edge in (starts, ends))
+    if readable is not None:
+        starts_inside, ends_inside = starts_inside & readable, ends_inside & readable
+    unit = units[tokens[last]]
+    d_levels = torch.stack(
+        [
+            torch.where(starts_inside, -unit * at_start, 0.0),
+            torch.where(ends_inside, unit * at_end, 0.0),
+        ]
+    )
+    return d_hidden.to(hidden_states.dtype), d_levels.to(levels.dtype)
+
+
+def _is_empty(hidden_states: Tensor, units: Tensor) -> bool:
+    return bool(min(*hidden_states.shape, units.shape[0]) == 0)
+
+
+def _compact(parts: Intervals, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Close the gaps that intervals without length leave in the sorted list.
+
+    Zero times NaN is not zero: what a token has no share of must not be read for it.
+
+    Returns:
+        The new place of each interval, (L,), which is L for those left out; the place where the
+        intervals of each token begin and, at the end, where those of the last one end, (M + 1,).
+    """
+    count = live.shape[0]
+    before = F.pad(_scattered(live, parts.order).cumsum(0), (1, 0))
+    place = torch.where(live, before[parts.order], count)
+    token_orders = parts.order[parts.num_frames :]
+    return place, before[F.pad(token_orders + 1, (1, 0))]
+
+
+def _scattered(values: Tensor, place: Tensor) -> Tensor:
+    """Put each value at its place; those whose place is the list's own length are dropped."""
+    room = values.new_zeros(values.shape[0] + 1)
+    return room.scatter_(0, place, values)[:-1]
+
+
+def _weights(parts: Intervals, live: Tensor, units: Tensor) -> Tensor:
+    """Turn lengths into weights, (L,), in the dtype of `units`."""
+    unit = units[parts.tokens.clamp(max=units.shape[0] - 1)]
+    return torch.where(live, parts.sizes.to(units.dtype) * (unit / ONE), 0.0)
+
+
+def _gradient_rows(parts: Intervals, limits: Tensor) -> Tensor:
+    """Choose the token whose gradient is read for each interval, (L,) int64.
+
+    For intervals of no length that is one which the row fires, or the batch if the row fires none:
+    what comes back at tokens that do not exist may be anything.
+    """
+    frames, live = parts.num_frames, parts.sizes > 0
+    own = torch.minimum(parts.tokens[:frames], limits - 1).clamp(min=0)
+    beside = own[parts.frames[frames:].clamp(max=frames - 1)]
+    tokens = torch.cat([own, torch.where(live[frames:], parts.tokens[frames:], beside)])
+    count = live.shape[0]
+    fired = _scattered(live, torch.where(live, parts.tokens, count))
+    return torch.where(fired[tokens], tokens, fired.to(torch.uint8).argmax())
 
 
 def _bags(values: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
@@ -66,135 +168,43 @@ def _bags(values: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tens
     equals: for each start s up to the next one, sum_j weights[j] * values[rows[j]].
 
     Args:
-        values: (B, R, D); rows: (B, L), indices into R; starts: (B, S), increasing from 0;
-        weights: (B, L).
+        values: (R, D); rows: (L,), indices into R; starts: (S,), increasing from 0; weights: (L,).
 
     Returns:
-        (B, S, D).
+        (S, D).
     """
-    batch, count, width = values.shape
-    base = torch.arange(batch, device=values.device)[:, None]
-    out = F.embedding_bag(
-        (rows + base * count).flatten(),
-        values.reshape(batch * count, width),
-        (starts + base * rows.shape[1]).flatten(),
-        mode="sum",
-        per_sample_weights=weights.flatten(),
-    )
-    return out.view(batch, -1, width)
+    return F.embedding_bag(rows, values, starts, mode="sum", per_sample_weights=weights)
 
 
-class _Integrate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_states: Tensor,
-        alphas: Tensor,
-        prefix: Tensor,
-        frame_mask: Tensor | None,
-        lengths: Tensor,
-        scale: Tensor | None,
-        unit: Tensor,
-        num_tokens: int,
-    ) -> Tensor:
-        batch, frames, width = hidden_states.shape
-        ctx.nothing = min(batch, frames, width, num_tokens) == 0
-        ctx.alpha_dtype = alphas.dtype
-        if ctx.nothing:
-            ctx.save_for_backward(hidden_states, alphas)
-            return unit.new_zeros(batch, num_tokens, width)
-        parts = merge(prefix, lengths, num_tokens)
-        weights = parts.sizes.to(unit.dtype) * (unit[:, None] / ONE)
-        values = hidden_states.to(unit.dtype)
-        out = _bags(values, parts.frames, parts.token_starts, weights)
-        token = torch.arange(num_tokens, device=prefix.device)
-        out.masked_fill_((token >= lengths[:, None])[..., None], 0.0)
-        ctx.save_for_backward(
-            hidden_states,
-            prefix,
-            frame_mask,
-            lengths,
-            scale,
-            weights,
-            parts.tokens,
-            parts.frame_starts,
-            parts.frame_ends,
-        )
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.nothing:
-            hidden_states, alphas = ctx.saved_tensors
-            return (torch.zeros_like(hidden_states), torch.zeros_like(alphas), *(None,) * 6)
-        hidden_states, prefix, frame_mask, lengths, scale, weights, tokens, starts, ends = (
-            ctx.saved_tensors
-        )
-        token = torch.arange(grad.shape[1], device=grad.device)
-        grad = grad.masked_fill((token >= lengths[:, None])[..., None], 0.0)
-        d_hidden, last, first = _frame_gradients(hidden_states, grad, weights, tokens, starts, ends)
-        d_alphas = _alpha_gradient(last, first, prefix, frame_mask, lengths, scale)
-        return (
-            d_hidden.to(hidden_states.dtype),
-            d_alphas.to(ctx.alpha_dtype),
-            *(None,) * 6,
-        )
-
-
-def _frame_gradients(
-    hidden_states: Tensor,
+def _dots(
+    values: Tensor,
     grad: Tensor,
-    weights: Tensor,
     tokens: Tensor,
-    starts: Tensor,
-    ends: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    last: Tensor,
+    first: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute dh and the two dot products of each frame.
+    """Compute dh and the dot products <dout_n, h_t> that each frame's ends ask for.
+
+    Args:
+        values: (F, D); grad: (M, D); tokens, weights: (L,), the sorted intervals; offsets: (F,),
+            the first interval of each frame; last, first: (F,), the intervals at which a frame ends
+            and begins.
 
     Returns:
-        dh, (B, T, D); <dout_n, h_t> for the last and for the first token that frame t touches,
-        (B, T) each.
+        dh, (F, D); the dot products at the end and at the start of each frame, (F,) each.
     """
-    values = hidden_states.to(grad.dtype)
     if torch.compiler.is_compiling():
         # Dynamo traces no autograd within a backward; the compiler fuses what follows into loops
         # that store only the sums.
-        d_hidden = _bags(grad, tokens, starts, weights)
-        last, first = (
-            (values * grad.gather(1, tokens.gather(1, at)[..., None].expand_as(values))).sum(-1)
-            for at in (ends, starts)
-        )
-        return d_hidden, last, first
+        d_hidden = _bags(grad, tokens, offsets, weights)
+        at_end, at_start = ((values * grad[tokens[at]]).sum(-1) for at in (last, first))
+        return d_hidden, at_end, at_start
     # The gradient of a weight in dh = bags(dout) for the cotangent h is <dout_n, h_t>: the very dot
-    # product that dalpha is made of, so that one pass serves both.
+    # product that the ends of the frames need, so that one pass serves both.
     with torch.enable_grad():
         leaf = weights.detach().requires_grad_()
-        bags = _bags(grad, tokens, starts, leaf)
+        bags = _bags(grad, tokens, offsets, leaf)
     (dots,) = torch.autograd.grad(bags, leaf, values)
-    return bags.detach(), dots.gather(1, ends), dots.gather(1, starts)
-
-
-def _alpha_gradient(
-    last: Tensor,
-    first: Tensor,
-    prefix: Tensor,
-    frame_mask: Tensor | None,
-    lengths: Tensor,
-    scale: Tensor | None,
-) -> Tensor:
-    """Turn the dot products of the frames, (B, T), into dL/dalpha, (B, T) float64."""
-    before = F.pad(prefix, (1, -1))
-    last_token, first_token = prefix >> FRACTION_BITS, before >> FRACTION_BITS
-    last = torch.where(last_token < lengths[:, None], last, 0.0).double()
-    first = torch.where(first_token < lengths[:, None], first, 0.0).double()
-    if frame_mask is not None:
-        # Whatever stands in padding, NaN included, has been multiplied into its dot products.
-        last = last.masked_fill(~frame_mask, 0.0)
-    jumps = torch.where(first_token != last_token, last - first, 0.0).cumsum(dim=1)
-    d_alphas = last + (jumps[:, -1:] - jumps)
-    if scale is None:
-        return d_alphas
-    steps = (prefix - before).double()
-    mean = (d_alphas * steps).sum(dim=1, keepdim=True) / prefix[:, -1:].clamp(min=1)
-    return scale[:, None] * (d_alphas - mean)
+    return bags.detach(), dots[last], dots[first]
