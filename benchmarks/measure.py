@@ -2,12 +2,20 @@
 
 The implementations of a case take turns, so that whatever else the machine does meets them all
 alike; medians and quantiles are over those turns. One row of results/NAME.jsonl is one
-implementation of one case.
+implementation of one case; measuring it again replaces the row.
+
+Peak memory is what one call adds, at its highest, to what was held before it, its results
+included. On CUDA the allocator knows (torch.cuda.max_memory_allocated). On a CPU it is resident
+memory: freed heap is given back (malloc_trim), Linux forgets the process's peak
+(/proc/self/clear_refs), the call runs, and the new peak (VmHWM) is read. So pages count that were
+touched, whoever allocated them; elsewhere than on Linux with glibc it is None.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -19,6 +27,9 @@ from pathlib import Path
 
 import torch
 
+# What was measured; rows that agree in it are replaced together.
+IDENTITY = ("case", "implementation", "shape", "dtype", "device", "threads")
+
 
 def options(program: str, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options that all benchmarks share."""
@@ -27,6 +38,10 @@ def options(program: str, arguments: Sequence[str] | None) -> argparse.Namespace
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=15, help="timed turns of each")
     parser.add_argument("--warm-up", type=int, default=3, help="untimed turns of each")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", help="of torch on a CPU, one run for each"
+    )
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="toy shapes: does it run at all?")
     return parser.parse_args(arguments)
 
@@ -62,21 +77,16 @@ def take_turns(
 
     Returns:
         For each name: median, p20 and p80 in ms, its median over that of the first (below 1 is
-        faster), and the peak of memory above what the inputs hold (MiB; None on a CPU).
+        faster), and the peak of memory above what was held before the call (MiB), which one more
+        call measures after the timed ones.
     """
     seconds: dict[str, list[float]] = {name: [] for name in implementations}
-    peaks: dict[str, float | None] = dict.fromkeys(implementations)
     for turn in range(warm_up + repeats):
         for name, call in implementations.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
+            _wait(device)
             start = time.perf_counter()
             call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-                peaks[name] = (torch.cuda.max_memory_allocated() - held) / 2**20
+            _wait(device)
             if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     first = statistics.median(next(iter(seconds.values())))
@@ -89,15 +99,94 @@ def take_turns(
             "p20_ms": ordered[round(0.2 * last)] * 1e3,
             "p80_ms": ordered[round(0.8 * last)] * 1e3,
             "over_first": median / first,
-            "peak_mib": peaks[name],
+            "peak_mib": peak_mib(implementations[name], device),
             "warm_up": warm_up,
             "repeats": repeats,
         }
     return rows
 
 
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mib(call: Callable[[], object], device: str) -> float | None:
+    """The peak of memory during a call above what was held before it, in MiB."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - held) / 2**20
+    reset = Path("/proc/self/clear_refs")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if reset.exists() else None
+    if trim is None:
+        return None
+    trim(0)
+    reset.write_text("5")
+    held_kib = _resident("VmHWM")
+    call()
+    return (_resident("VmHWM") - held_kib) / 1024
+
+
+def _resident(field: str) -> int:
+    """A figure of /proc/self/status in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def kernel_ms(call: Callable[[], object], calls: int = 5) -> float:
+    """The time for which one call keeps the GPU busy: the sum of its kernels, in ms.
+
+    The rest of a call's wall time is spent on launching them.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.key_averages() if event.device_type.name == "CUDA"]
+    return sum(event.self_device_time_total for event in kernels) / calls / 1e3
+
+
+def copy_gb_s(device: str, mib: int = 256) -> float:
+    """The bytes that a copy reads and writes each second, in GB/s, with memory that is in use.
+
+    The copy is larger than the caches; on a CPU it runs on as many threads as torch uses.
+    """
+    source = torch.ones(mib * 2**18, device=device)
+    target = torch.zeros_like(source)
+    times = []
+    for _ in range(12):
+        _wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(times[2:]) / 1e9
+
+
 def write(rows: list[dict[str, object]], path: Path) -> None:
-    """Append rows to a jsonl file."""
+    """Put rows into a jsonl file, in the place of those that measured the same before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    old = read(path) if path.exists() else []
+    new = {_identity(row) for row in rows}
+    kept = [row for row in old if _identity(row) not in new]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in [*kept, *rows]), "utf-8")
+    partial.replace(path)
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    """The rows of a jsonl file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _identity(row: dict[str, object]) -> str:
+    return json.dumps([row.get(key) for key in IDENTITY])

@@ -2,10 +2,9 @@
 
     python -m benchmarks.pieces [--out RESULTS_DIR] [--device cpu|cuda] [--quick]
 
-Each case first checks that its implementations agree. CIF is compared with the dense (B, N, T)
-matrix of weights; Partial LoRA with the bare linear layer, whose cost is the floor, and with
-multiplying by the mask; the fused KL with F.kl_div on the logits of the selected positions and of
-all positions.
+Each case first checks that its implementations agree. Partial LoRA is compared with the bare linear
+layer, whose cost is the floor, and with multiplying by the mask; the fused KL with F.kl_div on the
+logits of the selected positions and of all positions.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import measure
-from cif import cif
 from kd_losses import linear_kl_div
 from plora import PLoRAConfig, apply_plora, plora_mask
 
 # case -> (shape on a CPU, on a GPU, toy); what the letters mean is in each case's docstring
 SHAPES = {
-    "cif": ((8, 375, 40, 512), (32, 1500, 120, 1024), (2, 20, 4, 8)),
     "plora": ((8, 128, 576, 1536, 16), (16, 512, 2048, 8192, 16), (2, 8, 16, 24, 4)),
     "linear_kl_div": ((8, 96, 576, 16384), (16, 384, 2048, 131072), (2, 8, 16, 64)),
 }
@@ -37,30 +34,6 @@ def backward(run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[]
         return list(torch.autograd.grad(run(), leaves))
 
     return call
-
-
-def cif_case(shape: Sequence[int], device: str, dtype: torch.dtype) -> dict:
-    """Shape: B batch, T frames, N tokens, D width."""
-    batch, frames, tokens, width = shape
-    hidden = torch.randn(batch, frames, width, device=device, dtype=dtype, requires_grad=True)
-    alphas = torch.rand(batch, frames, device=device, requires_grad=True)
-    lengths = torch.full((batch,), tokens)
-    upstream = torch.randn(batch, tokens, width, device=device)
-
-    def dense() -> Tensor:
-        scaled = alphas * (tokens / alphas.sum(1, keepdim=True))
-        ends = scaled.cumsum(1)[:, None]
-        first = torch.arange(tokens, device=device)[:, None]
-        starts = ends - scaled[:, None]
-        weights = (ends.clamp(max=first + 1) - starts.clamp(min=first)).clamp(min=0)
-        return ((weights.to(dtype) @ hidden).float() * upstream).sum()
-
-    def ours() -> Tensor:
-        out = cif(hidden, alphas, target_lengths=lengths, max_tokens=tokens)
-        return (out.hidden_states.float() * upstream).sum()
-
-    leaves = [hidden, alphas]
-    return {"dense matrix": backward(dense, leaves), "cif": backward(ours, leaves)}
 
 
 def plora_case(shape: Sequence[int], device: str, dtype: torch.dtype) -> dict:
@@ -116,7 +89,7 @@ def kl_case(shape: Sequence[int], device: str, dtype: torch.dtype) -> dict:
     }
 
 
-CASES = {"cif": cif_case, "plora": plora_case, "linear_kl_div": kl_case}
+CASES = {"plora": plora_case, "linear_kl_div": kl_case}
 
 
 def check_agreement(name: str, calls: dict[str, Callable[[], list[Tensor]]], tol: float) -> None:
@@ -136,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtypes = (torch.float32, torch.bfloat16) if options.device == "cuda" else (torch.float32,)
     rows = []
     for name, case in CASES.items():
+        if options.case not in name:
+            continue
         shape = SHAPES[name][2 if options.quick else int(options.device == "cuda")]
         for dtype in dtypes:
             torch.manual_seed(0)

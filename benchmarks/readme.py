@@ -1,16 +1,20 @@
-"""Keeps the figures of runs in results/, and writes README.md's tables from them.
+"""Keeps the figures of runs in results/, and writes the READMEs' tables from them.
 
     python -m benchmarks.readme keep NAME RUN_FOLDER [EVAL_FOLDER]
     python -m benchmarks.readme write
 
 `keep` copies what `blspkd train` measured (and, given its folder, what `blspkd eval` printed) into
-results/NAME.json. `write` fills each part of README.md between `<!-- results: NAME -->` and
-`<!-- end of results -->`; a test checks that README.md is what it writes.
+results/NAME.json. `write` fills each part of a README between `<!-- results: NAME -->` and
+`<!-- end of results -->`: from results/NAME.json or, where that is what a benchmark left, by the
+function `table` of the benchmark that results/BENCHMARK-DEVICE.jsonl is named after, with the chart
+beside it. A test checks that every README is what it writes.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,10 +22,11 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, read
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("src/*/README.md"))]
 SHOWN = {
     "input_kl": "KL after each token of the utterance (nats)",
     "response_kl": "KL over the LLM's own response (nats)",
@@ -106,16 +111,30 @@ def rows_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def filled(readme: str) -> str:
-    """README.md's text with every part made anew; a part without results stays empty."""
+def filled(document: Path) -> str:
+    """A README's text with every part made anew; a part without results stays empty."""
 
     def part(match: re.Match[str]) -> str:
         path = RESULTS / f"{match[1]}.json"
-        body = text(match[1], json.loads(path.read_text())) + "\n" if path.exists() else ""
+        rows = path.with_suffix(".jsonl")
+        body = ""
+        if path.exists():
+            body = text(match[1], json.loads(path.read_text())) + "\n"
+        elif rows.exists():
+            body = bench_text(match[1], read(rows), os.path.relpath(RESULTS, document.parent))
         return f"<!-- results: {match[1]} -->\n{body}<!-- end of results -->"
 
-    pattern = r"<!-- results: (\w+) -->\n.*?<!-- end of results -->"
-    return re.sub(pattern, part, readme, flags=re.DOTALL)
+    pattern = r"<!-- results: ([\w-]+) -->\n.*?<!-- end of results -->"
+    return re.sub(pattern, part, document.read_text("utf-8"), flags=re.DOTALL)
+
+
+def bench_text(name: str, rows: list[dict[str, Any]], folder: str) -> str:
+    """What a benchmark says of its rows, and links to rows and chart in `folder`."""
+    benchmark = importlib.import_module(f"benchmarks.{name.partition('-')[0]}")
+    links = f"[Every row]({folder}/{name}.jsonl)"
+    if (RESULTS / f"{name}.svg").exists():
+        links = f"![{name}]({folder}/{name}.svg)\n\n{links}"
+    return f"{benchmark.table(rows)}\n\n{links}.\n"
 
 
 def _change(meter: str, before: dict[str, float], after: dict[str, float], key: str) -> str:
@@ -131,7 +150,7 @@ if __name__ == "__main__":
         case ["keep", name, run, *evaluation]:
             print(keep(name, Path(run), *map(Path, evaluation)))
         case ["write"]:
-            path = ROOT / "README.md"
-            path.write_text(filled(path.read_text("utf-8")), "utf-8")
+            for document in DOCUMENTS:
+                document.write_text(filled(document), "utf-8")
         case _:
             sys.exit(__doc__)

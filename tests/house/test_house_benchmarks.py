@@ -1,33 +1,110 @@
 """The benchmarks run, check themselves, and write rows that say where they come from."""
 
-import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.cif import Setting, check
+from benchmarks.cif_peers import IMPLEMENTATIONS
+from benchmarks.measure import peak_mib, read, write
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"commit", "device", "torch", "dtype", "shape", "warm_up", "repeats", "over_first"}
 
 
-def test_the_pieces_benchmark_runs_and_its_implementations_agree(tmp_path):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder in which every benchmark has left its rows, and what they printed."""
+    folder = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "benchmarks", "--quick", "--device", "cpu", "--repeats", "2"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+        [*command, "--out", str(folder)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "pieces.jsonl").read_text().splitlines()]
-    assert {row["case"] for row in rows} == {"cif", "plora", "linear_kl_div"}
+    return folder, done.stdout
+
+
+def measured(path):
+    rows = [row for row in read(path) if "skipped" not in row]
     for row in rows:
         assert row.keys() >= FIELDS
         assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+    return rows
 
 
-def test_a_wrong_implementation_is_not_timed(monkeypatch):
+def test_the_pieces_benchmark_runs_and_its_implementations_agree(results):
+    rows = measured(results[0] / "pieces.jsonl")
+    assert {row["case"] for row in rows} == {"plora", "linear_kl_div"}
 
-    monkeypatch.syspath_prepend(str(ROOT))
+
+def test_the_cif_benchmark_runs_checks_and_says_what_it_skips(results):
+    folder, printed = results
+    rows = measured(folder / "cif-cpu.jsonl")
+    names = {row["implementation"] for row in rows}
+    assert names >= {"cif (torch)", "torch-cif 0.2.0", "dense + bmm", "index_add"}
+    assert {row["pass"] for row in rows} == {"forward", "backward", "forward+backward"}
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    for row in rows:
+        assert row["over_floor"] == pytest.approx(row["copy_gb_s"] / row["gb_s"])
+        assert row["error_out"] < 0.01
+        assert row["peak_mib"] is None or row["peak_mib"] >= 0
+    skipped = [row for row in read(folder / "cif-cpu.jsonl") if "skipped" in row]
+    assert {("cif (triton)", True), ("loop over frames", True)} <= {
+        (row["implementation"], bool(row["skipped"])) for row in skipped
+    }
+    assert "skipped: a frame fires" in printed
+    assert (folder / "cif-cpu.svg").read_text().startswith("<?xml")
+
+
+def test_rows_are_replaced_not_repeated(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    here = {"case": "a", "implementation": "ours", "dtype": "float32", "device": "x", "threads": 1}
+    other = {**here, "threads": 2, "median_ms": 9}
+    write([{**here, "skipped": "no triton"}, other], path)
+    write([{**here, "pass": which, "median_ms": 1} for which in ("forward", "backward")], path)
+    assert [row["median_ms"] for row in read(path)] == [9, 1, 1]
+    write([{**here, "pass": "forward", "median_ms": 2}], path)
+    assert [row["median_ms"] for row in read(path)] == [9, 2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux keeps the peak")
+def test_peak_memory_counts_what_is_touched():
+    def call():
+        first = torch.ones(48, 2**18)  # 48 MiB
+        second = first + 1
+        del first
+        return second.sum()
+
+    untouched = peak_mib(lambda: torch.empty(96, 2**18), "cpu")
+    assert peak_mib(call, "cpu") == pytest.approx(96, abs=6)
+    assert untouched == pytest.approx(0, abs=6)
+
+
+def test_a_cif_that_is_off_is_not_timed_and_a_foreign_one_says_so():
+    errors = {"error_out": 2e-3, "error_dh": 1e-9, "error_dalpha": 1e-9}
+    with pytest.raises(AssertionError, match=r"index_add .* error_out 0.002"):
+        check("index_add", IMPLEMENTATIONS["index_add"], torch.float32, errors)
+    foreign = IMPLEMENTATIONS["torch-cif 0.2.0"]
+    assert check("torch-cif", foreign, torch.float32, errors).startswith("WRONG HERE (error_out")
+    errors["error_out"] = math.nan
+    assert check("torch-cif", foreign, torch.float32, errors).startswith("WRONG HERE (NaN")
+    errors["error_out"] = 1e-4
+    assert check("torch-cif", foreign, torch.float32, errors) == foreign.note
+
+
+def test_the_floor_counts_the_bytes_that_must_move():
+    setting = Setting(((2, 5, 3), (4, 4), ()), torch.bfloat16, "cpu")
+    read_h, written = 2 * 2 * 5 * 3, 2 * 2 * 4 * 3
+    floor = setting.floor_bytes()
+    assert floor["forward"] == read_h + written + 2 * 5 * 4
+    assert floor["backward"] == 2 * read_h + written + 2 * 5 * (4 + 8)
+    assert floor["forward+backward"] == floor["forward"] + floor["backward"]
+
+
+def test_a_wrong_implementation_is_not_timed():
     from benchmarks.pieces import check_agreement
 
     right, wrong = (lambda: [torch.ones(3)]), (lambda: [torch.tensor([1.0, 1.0, 1.1])])

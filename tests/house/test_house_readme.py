@@ -1,23 +1,60 @@
-"""README.md's figures are those of the result files."""
+"""The READMEs' figures are those of the result files."""
 
 import json
-from pathlib import Path
+import re
 
-from benchmarks.readme import RESULTS, filled, run_table
+import pytest
+from benchmarks import readme
+from benchmarks.readme import DOCUMENTS, RESULTS, ROOT, filled, run_table
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_the_tables_are_what_the_results_say():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert filled(readme) == readme, "run `python -m benchmarks.readme write`"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_tables_are_what_the_results_say(document):
+    assert filled(document) == document.read_text("utf-8"), (
+        "run `python -m benchmarks.readme write`"
+    )
 
 
 def test_every_part_has_its_results():
-    readme = (ROOT / "README.md").read_text("utf-8")
+    written = (ROOT / "README.md").read_text("utf-8")
     for name in ("tiny", "real"):
-        assert f"<!-- results: {name} -->" in readme
+        assert f"<!-- results: {name} -->" in written
         assert json.loads((RESULTS / f"{name}.json").read_text())["after"]
+
+
+def test_every_row_of_a_benchmark_is_shown_somewhere():
+    """A result file that no README shows is a figure that nobody checks."""
+    marks = "".join(document.read_text("utf-8") for document in DOCUMENTS)
+    shown = set(re.findall(r"<!-- results: ([\w-]+) -->", marks))
+    assert {path.stem for path in RESULTS.glob("*.json*")} <= shown
+
+
+def test_a_part_is_filled_from_the_rows_of_its_benchmark(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    row = {
+        "case": "8x1500x1280 N60-400",
+        "dtype": "float32",
+        "device": "an abacus",
+        "threads": 1,
+        "torch": "2.13",
+        "implementation": "cif (torch)",
+        "peak_mib": 7.4,
+        "over_floor": 1.5,
+        "note": "",
+        **{f"error_{name}": 1e-8 for name in ("out", "dh", "dalpha")},
+    }
+    times = {"forward": 1.23, "backward": 2.3, "forward+backward": 3.45}
+    lines = [json.dumps({**row, "pass": which, "median_ms": ms}) for which, ms in times.items()]
+    (tmp_path / "results" / "cif-cpu.jsonl").write_text("\n".join(lines) + "\n")
+    document = tmp_path / "README.md"
+    document.write_text("a\n<!-- results: cif-cpu -->\nold\n<!-- end of results -->\nb\n")
+    text = filled(document)
+    assert "old" not in text
+    assert "| cif (torch) | 1.2 | 3.5 | 7 | 1.5 x | 1e-08, 1e-08, 1e-08 |" in text
+    assert "an abacus" in text
+    assert "(results/cif-cpu.jsonl)" in text
+    assert (text.startswith("a\n"), text.endswith("b\n")) == (True, True)
 
 
 def test_a_figure_stands_in_its_set_and_row():
