@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from cif.alignment import Alignment, build_alignment
-from cif.backends import Backend, resolve
-from cif.backends.torch_backend import integrate
+from cif.backends import Backend, resolve, torch_backend, triton_backend
 from cif.prefix import Tail
 from cif.validation import check_alphas, check_hidden_states, check_options
 
@@ -183,6 +182,7 @@ def _integrate(alignment: Alignment, hidden_states: Tensor, backend: Backend) ->
         return (weights @ values).to(hidden_states.dtype)
     factors = alignment.tail_factors
     dtype = hidden_states.dtype if factors is None else alignment.units.dtype
+    integrate = (triton_backend if backend == "triton" else torch_backend).integrate
     hidden = integrate(hidden_states.reshape(batch * frames, width), alignment.spans(), dtype)
     hidden = hidden.view(batch, alignment.num_tokens, width)
     return hidden if factors is None else (hidden * factors[..., None]).to(hidden_states.dtype)
