@@ -32,6 +32,8 @@ def bars(
                 at = [groups.index(group) + (number + 0.5) * width - 0.4 for group in values]
                 axes.bar(at, list(values.values()), width, label=label)
             axes.set_yscale("log")
+            smallest = min(value for values in series.values() for value in values.values())
+            axes.set_ylim(bottom=smallest / 2)
             axes.set_xticks(range(len(groups)), groups)
             axes.set_title(name)
             axes.set_ylabel(unit)

@@ -177,7 +177,11 @@ def measured(
     for which, floor in setting.floor_bytes().items():
         turns = {name: prepare[which]() for name, prepare in passes.items()}
         timed = measure.take_turns(
-            turns, device=setting.device, warm_up=options.warm_up, repeats=options.repeats
+            turns,
+            device=setting.device,
+            warm_up=options.warm_up,
+            repeats=options.repeats,
+            limit_s=options.seconds,
         )
         for name, figures in timed.items():
             gb_s = floor / figures["median_ms"] / 1e6

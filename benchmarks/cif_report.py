@@ -116,11 +116,11 @@ def _in_brief(rows: list[Row]) -> str:
         found = {r["implementation"]: r for r in select(rows, case=case, dtype=dtype)}
         cells = [_milliseconds(found.get(name)) for name in names]
         lines.append(f"| {case.replace(' N', ', N ')} {dtype} | {' | '.join(cells)} |")
-    wrong = [row for row in rows if row["note"].startswith("WRONG")]
-    names = dict.fromkeys(row["implementation"] for row in wrong)
-    return "\n".join(
-        [*lines, *(["", f"(*) the result is wrong: {', '.join(names)}"] if wrong else [])]
-    )
+    notes = {r["implementation"]: r["note"] for r in rows if r["note"] and "WRONG" not in r["note"]}
+    lines += ["", "; ".join(f"{name}: {note}" for name, note in notes.items())] if notes else []
+    if any(row["note"].startswith("WRONG") for row in rows):
+        lines += ["", "(*) what was timed is a wrong result; the rows say by how much."]
+    return "\n".join(lines)
 
 
 def _milliseconds(row: Row | None) -> str:
@@ -130,7 +130,7 @@ def _milliseconds(row: Row | None) -> str:
 
 
 def chart(rows: list[Row], path: Path) -> None:
-    """Bars of forward and of forward + backward over the shapes, for the first device."""
+    """Bars of every pass over the shapes, for the first device."""
     device = rows[0]["device"]
     here = select(rows, device=device, threads=min(row["threads"] for row in rows))
     panels: dict[str, dict[str, dict[str, float]]] = {}

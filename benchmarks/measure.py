@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -41,6 +42,7 @@ def options(program: str, arguments: Sequence[str] | None) -> argparse.Namespace
     parser.add_argument(
         "--threads", type=int, nargs="+", help="of torch on a CPU, one run for each"
     )
+    parser.add_argument("--seconds", type=float, default=30, help="no new turn after so many")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="toy shapes: does it run at all?")
     return parser.parse_args(arguments)
@@ -71,9 +73,17 @@ def _processor() -> str:
 
 
 def take_turns(
-    implementations: dict[str, Callable[[], object]], *, device: str, warm_up: int, repeats: int
+    implementations: dict[str, Callable[[], object]],
+    *,
+    device: str,
+    warm_up: int,
+    repeats: int,
+    limit_s: float = math.inf,
 ) -> dict[str, dict[str, object]]:
     """Time the implementations in turns; the first is what the others are compared with.
+
+    After `limit_s` seconds no further turn begins, but three are timed in any case, and warming up
+    takes at most a third of that time or one turn.
 
     Returns:
         For each name: median, p20 and p80 in ms, its median over that of the first (below 1 is
@@ -81,14 +91,21 @@ def take_turns(
         call measures after the timed ones.
     """
     seconds: dict[str, list[float]] = {name: [] for name in implementations}
-    for turn in range(warm_up + repeats):
+    begin = time.perf_counter()
+    warmed, timed = 0, 0
+    while timed < repeats:
+        spent = time.perf_counter() - begin
+        if timed >= 3 and spent > limit_s:
+            break
+        warm = warmed >= warm_up or (warmed > 0 and spent > limit_s / 3)
         for name, call in implementations.items():
             _wait(device)
             start = time.perf_counter()
             call()
             _wait(device)
-            if turn >= warm_up:
+            if warm:
                 seconds[name].append(time.perf_counter() - start)
+        warmed, timed = (warmed, timed + 1) if warm else (warmed + 1, timed)
     first = statistics.median(next(iter(seconds.values())))
     rows: dict[str, dict[str, object]] = {}
     for name, times in seconds.items():
@@ -100,8 +117,8 @@ def take_turns(
             "p80_ms": ordered[round(0.8 * last)] * 1e3,
             "over_first": median / first,
             "peak_mib": peak_mib(implementations[name], device),
-            "warm_up": warm_up,
-            "repeats": repeats,
+            "warm_up": warmed,
+            "repeats": timed,
         }
     return rows
 

@@ -3,13 +3,14 @@
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks.cif import Setting, check
 from benchmarks.cif_peers import IMPLEMENTATIONS
-from benchmarks.measure import peak_mib, read, write
+from benchmarks.measure import peak_mib, read, take_turns, write
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"commit", "device", "torch", "dtype", "shape", "warm_up", "repeats", "over_first"}
@@ -57,6 +58,20 @@ def test_the_cif_benchmark_runs_checks_and_says_what_it_skips(results):
     }
     assert "skipped: a frame fires" in printed
     assert (folder / "cif-cpu.svg").read_text().startswith("<?xml")
+
+
+def test_slow_calls_take_fewer_turns():
+    calls = []
+    timed = take_turns(
+        {"slow": lambda: calls.append(time.sleep(0.02))},
+        device="cpu",
+        warm_up=5,
+        repeats=50,
+        limit_s=0.01,
+    )["slow"]
+    assert (timed["warm_up"], timed["repeats"]) == (1, 3)
+    assert len(calls) == 1 + 3 + 1  # the last one for the peak of memory
+    assert timed["median_ms"] >= 20
 
 
 def test_rows_are_replaced_not_repeated(tmp_path):
