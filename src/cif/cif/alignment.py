@@ -198,7 +198,7 @@ def build_alignment(
     token = torch.arange(num_tokens, device=prefix.device)
     factors = None
     if target_lengths is None and tail == "threshold":
-        factors = _tail_factors(totals, alpha_sum / threshold, token)
+        factors = _tail_factors(totals, alpha_sum / threshold, lengths, token)
     return Alignment(
         lengths=lengths,
         attention_mask=token < lengths[:, None],
@@ -229,16 +229,18 @@ def _before(ends: Tensor) -> Tensor:
     return torch.cat([ends.new_zeros(ends.shape[0], 1), ends], dim=1)[:, :-1]
 
 
-def _tail_factors(totals: Tensor, tokens: Tensor, token: Tensor) -> Tensor:
+def _tail_factors(totals: Tensor, tokens: Tensor, lengths: Tensor, token: Tensor) -> Tensor:
     """Return the factor, (B, N), that makes the token of the rest a whole one.
 
     Args:
         totals: (B,) int64, Q.40; tokens: (B,), the same as a differentiable number of tokens;
-        token: (N,), the token's index.
+        lengths: (B,) int64; token: (N,), the token's index.
     """
     exact = (totals % ONE).double() / ONE
     rest = exact.to(tokens.dtype) + (tokens - tokens.detach())
-    is_rest = (token == (totals // ONE)[:, None]) & (exact > 0)[:, None]
+    # Only where it is fired: what comes back at tokens that do not exist may be anything.
+    fired_rest = (exact > 0) & (totals // ONE < lengths)
+    is_rest = (token == (totals // ONE)[:, None]) & fired_rest[:, None]
     return torch.where(is_rest, rest[:, None], 1.0).reciprocal()
 
 

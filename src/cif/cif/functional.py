@@ -175,14 +175,24 @@ def _integrate(alignment: Alignment, hidden_states: Tensor, backend: Backend) ->
     """Sum the frames of each token: (B, T, D) to (B, N, D) in the same dtype."""
     batch, frames, width = hidden_states.shape
     if backend == "dense":
-        weights = alignment.weights()
-        # A matrix product multiplies what it does not use by zero, NaN included.
-        used = (alignment.frame_ends > alignment.frame_starts)[..., None]
-        values = torch.where(used, hidden_states, 0.0).to(weights.dtype)
-        return (weights @ values).to(hidden_states.dtype)
+        return _multiply(alignment, hidden_states)
     factors = alignment.tail_factors
     dtype = hidden_states.dtype if factors is None else alignment.units.dtype
     integrate = (triton_backend if backend == "triton" else torch_backend).integrate
     hidden = integrate(hidden_states.reshape(batch * frames, width), alignment.spans(), dtype)
     hidden = hidden.view(batch, alignment.num_tokens, width)
     return hidden if factors is None else (hidden * factors[..., None]).to(hidden_states.dtype)
+
+
+def _multiply(alignment: Alignment, hidden_states: Tensor) -> Tensor:
+    """Multiply the frames, (B, T, D), by the matrix of weights: (B, N, D) in the same dtype."""
+    weights = alignment.weights()
+    # A matrix product multiplies what it does not use by zero, NaN included. A frame whose alpha is
+    # zero must stay where it can: it is what the gradient of that alpha depends on.
+    used = (alignment.frame_ends > alignment.frame_starts)[..., None] | hidden_states.isfinite()
+    if alignment.frame_mask is not None:
+        used = used & alignment.frame_mask[..., None]
+    values = torch.where(used, hidden_states, 0.0).to(weights.dtype)
+    # What comes back at tokens that do not exist may be anything.
+    tokens = torch.where(alignment.attention_mask[..., None], weights @ values, 0.0)
+    return tokens.to(hidden_states.dtype)

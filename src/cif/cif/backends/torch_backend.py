@@ -105,6 +105,7 @@ def _gradients(
     starts_inside, ends_inside = (edge >> FRACTION_BITS < limits for edge in (starts, ends))
     if readable is not None:
         starts_inside, ends_inside = starts_inside & readable, ends_inside & readable
+    _clear(d_hidden, starts == ends)
     unit = units[tokens[last]]
     d_levels = torch.stack(
         [
@@ -150,16 +151,25 @@ def _weights(parts: Intervals, live: Tensor, units: Tensor) -> Tensor:
 def _gradient_rows(parts: Intervals, limits: Tensor) -> Tensor:
     """Choose the token whose gradient is read for each interval, (L,) int64.
 
-    For intervals of no length that is one which the row fires, or the batch if the row fires none:
-    what comes back at tokens that do not exist may be anything.
+    For intervals of no length that is one which the row fires: what comes back at tokens that do
+    not exist may be anything. If the row fires none, nothing is used of what is read.
     """
     frames, live = parts.num_frames, parts.sizes > 0
     own = torch.minimum(parts.tokens[:frames], limits - 1).clamp(min=0)
     beside = own[parts.frames[frames:].clamp(max=frames - 1)]
-    tokens = torch.cat([own, torch.where(live[frames:], parts.tokens[frames:], beside)])
-    count = live.shape[0]
-    fired = _scattered(live, torch.where(live, parts.tokens, count))
-    return torch.where(fired[tokens], tokens, fired.to(torch.uint8).argmax())
+    return torch.cat([own, torch.where(live[frames:], parts.tokens[frames:], beside)])
+
+
+def _clear(d_hidden: Tensor, idle: Tensor) -> None:
+    """Set the gradient, (F, D), of frames without weight to zero, (F,) bool.
+
+    A weight of zero times a gradient that is not finite is not zero.
+    """
+    if d_hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Passing over all frames would take a quarter of the whole backward pass.
+        d_hidden.index_fill_(0, idle.nonzero().squeeze(1), 0.0)
+    else:
+        d_hidden.masked_fill_(idle[:, None], 0.0)
 
 
 def _bags(values: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
