@@ -1,4 +1,4 @@
-"""Tiny random decoders of four families, and an oracle for PLoRA made of plain forward hooks."""
+"""Tiny random decoders of five families, and an oracle for PLoRA made of plain forward hooks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from plora import PLoRAConfig, PLoRALinear, apply_plora
 
@@ -28,6 +35,16 @@ _SIZE = {
     "eos_token_id": None,
 }
 _CONFIGS = {
+    # its cache holds compressed keys, all of which an adapted layer expands again at every step
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{**_SIZE, "num_key_value_heads": 2},
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=2,  # no experts: they refuse float64
+    ),
     "llama": lambda: LlamaConfig(**_SIZE),
     "qwen2": lambda: Qwen2Config(**_SIZE),
     "qwen3": lambda: Qwen3Config(**_SIZE, head_dim=8),
@@ -97,10 +114,11 @@ def dense_oracle() -> Callable[..., object]:
                     _: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: nn.Module = layer
                 ) -> Tensor:
                     update = 1.5 * args[0] @ layer.lora_A.T @ layer.lora_B.T
-                    shape = args[0].shape[:2]
-                    full = torch.zeros(shape, dtype=update.dtype)
-                    full[:, : mask.shape[1]] = mask.to(update.dtype)[:, : shape[1]]
-                    return output + full[..., None] * update
+                    lead = args[0].shape[:-1]  # (batch, T), or (batch, 1, T), or (batch * T,)
+                    length = lead[-1] if len(lead) > 1 else lead[0] // len(mask)
+                    full = torch.zeros(len(mask), length, dtype=update.dtype)
+                    full[:, : mask.shape[1]] = mask.to(update.dtype)[:, :length]
+                    return output + full.view(*lead, 1) * update
 
                 handles.append(base.get_submodule(path).register_forward_hook(add))
         assert handles

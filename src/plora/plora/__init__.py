@@ -13,7 +13,7 @@ from plora.config import PLoRAConfig
 from plora.decoder import plora_disabled
 from plora.layer import PLoRALinear
 from plora.mask import plora_mask
-from plora.swap import apply_plora, remove_plora
+from plora.swap import apply_plora, remove_plora, unadapted_layers
 
 __all__ = [
     "PLoRAConfig",
@@ -26,4 +26,5 @@ __all__ = [
     "plora_state_dict",
     "remove_plora",
     "save_plora",
+    "unadapted_layers",
 ]

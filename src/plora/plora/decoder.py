@@ -11,27 +11,52 @@ import torch
 from torch import Tensor, nn
 
 from plora.config import PLoRAConfig
-from plora.layer import PLoRALinear
+from plora.layer import PLoRALinear, linear_features
 from plora.mask import (
     Activation,
     active_rows,
     ambient_mask,
     close_pass,
+    current_activation,
     disabled_modules,
     is_disabled,
     open_pass,
     set_activation,
 )
+from plora.past import count_pass, past_length
 from plora.recompute import carry_activations, restore_checkpoints
+from plora.report import FirstPass, is_compiling, tell
 
 _SCOPE = "plora_scope"
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
-    """The module whose forward pass sees the sequence: ``model.get_decoder()``, else `model`."""
+    """The module whose forward pass sees the sequence: ``model.get_decoder()``, else `model`.
+
+    Some models of transformers answer with themselves, head and all, or with their head, if that is
+    called ``decoder``. There it is the part below the head that reads tokens.
+    """
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
-    return decoder if isinstance(decoder, nn.Module) else model
+    if not isinstance(decoder, nn.Module):
+        return model
+    head = find_head(model)
+    if decoder is not model and decoder is not head:
+        return decoder
+    parts = [part for part in model.children() if part is not head and _reads_tokens(part)]
+    return parts[0] if head is not None and len(parts) == 1 else model
+
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    """The vocabulary head of a model of transformers, or None."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _reads_tokens(module: nn.Module) -> bool:
+    takes = inspect.signature(module.forward).parameters
+    return "input_ids" in takes and any(linear_features(part) for part in module.modules())
 
 
 class DecoderScope:
@@ -42,11 +67,17 @@ class DecoderScope:
     Args:
         config: What was applied.
         trainable: Names of the model's parameters that required gradients before PLoRA was applied.
+        left_out: Path -> why, of the linear layers inside the decoder that are not wrapped.
     """
 
-    def __init__(self, config: PLoRAConfig, trainable: frozenset[str]) -> None:
+    def __init__(
+        self, config: PLoRAConfig, trainable: frozenset[str], left_out: Mapping[str, str]
+    ) -> None:
         self.config = config
         self.trainable = trainable
+        self.left_out = dict(left_out)
+        self._settled = False
+        self._first_pass: FirstPass | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self, decoder: nn.Module) -> None:
@@ -55,7 +86,7 @@ class DecoderScope:
         self._handles = [
             decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             # always_call: the pass is closed also when the forward pass raises
-            decoder.register_forward_hook(self._leave, always_call=True),
+            decoder.register_forward_hook(self._leave, always_call=True, with_kwargs=True),
         ]
 
     def detach(self, decoder: nn.Module) -> None:
@@ -68,12 +99,29 @@ class DecoderScope:
     def _enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Opened before anything can raise, because `_leave` runs in that case too
         open_pass(decoder)
-        set_activation(_activation(decoder, args, kwargs))
+        activation = _activation(decoder, _named_arguments(decoder, args, kwargs))
+        set_activation(activation)
         if decoder.training and torch.is_grad_enabled():
             carry_activations(decoder)
+        if activation.rows is not None and not self._settled and not is_compiling():
+            self._first_pass = FirstPass(decoder)
 
-    def _leave(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        activation = current_activation()
         close_pass(decoder)
+        first_pass, self._first_pass = self._first_pass, None
+        if output is None or activation is None:  # the forward pass raised
+            if first_pass is not None:
+                first_pass.stop()
+            return
+        if not is_compiling():
+            count_pass(_named_arguments(decoder, args, kwargs), output, activation.length)
+        if first_pass is not None:
+            first_pass.finish(decoder)
+            self._settled = True
+            tell(decoder)
 
 
 def find_scope(model: nn.Module) -> tuple[nn.Module, DecoderScope] | None:
@@ -112,8 +160,7 @@ def plora_disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _activation(decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation:
-    named = _named_arguments(decoder, args, kwargs) if args else kwargs
+def _activation(decoder: nn.Module, named: Mapping[str, Any]) -> Activation:
     batch, length, device = _positions(decoder, named)
     off = Activation(None, batch, length)
     if is_disabled(decoder):
@@ -128,17 +175,22 @@ def _activation(decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             )
         return off
     learning = torch.is_grad_enabled()
-    past = _past_length(named.get("past_key_values"))
-    if past >= mask.shape[1] and not (decoder.training and learning):
-        return off
-    rows = active_rows(mask, batch=batch, length=length, past=past, device=device)
-    # Without gradients nobody needs the zero rows that keep data-parallel replicas in step
-    return off if rows.numel() == 0 and not learning else Activation(rows, batch, length)
+    past = past_length(named)
+    rows = None
+    if past < mask.shape[1] or (decoder.training and learning):
+        rows = active_rows(mask, batch=batch, length=length, past=past, device=device)
+        # Without gradients nobody needs the zero rows that keep data-parallel replicas in step
+        if rows.numel() == 0 and not learning:
+            rows = None
+    cached = None if named.get("past_key_values") is None else mask
+    return Activation(rows, batch, length, cached, past, learning)
 
 
 def _named_arguments(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, Any]:
+    if not args:
+        return kwargs
     bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
     return {**kwargs, **bound}
 
@@ -155,7 +207,3 @@ def _positions(decoder: nn.Module, named: Mapping[str, Any]) -> tuple[int, int, 
         f"{type(decoder).__name__}: expected input_ids (batch, T) or inputs_embeds (batch, T, D), "
         f"got {sorted(named)}"
     )
-
-
-def _past_length(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())

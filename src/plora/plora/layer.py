@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from plora.config import PLoRAConfig
+from plora.config import ALL_LINEAR, PLoRAConfig
 from plora.gather import add_low_rank
-from plora.mask import Activation, current_activation, is_disabled
+from plora.mask import current_activation, is_disabled
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -64,6 +64,10 @@ class PLoRALinear(nn.Module):
         self.scaling = config.scaling
         self.dropout = config.lora_dropout
         self.base_layer = base_layer
+        # A layer that was named has to fit; one of "all-linear" may turn out not to
+        self.may_be_left_out = config.target_modules == ALL_LINEAR
+        self.left_out: str | None = None
+        self.told = False
         device = next(base_layer.parameters()).device
         # Plain parameters: initialisers that go by module type would overwrite B's zeros
         self.lora_A = nn.Parameter(
@@ -98,21 +102,24 @@ class PLoRALinear(nn.Module):
 
         Raises:
             ValueError: The layer runs where its update could be lost unnoticed: outside of a pass
-                of its decoder, in training mode or with gradients on; or its input does not have
-                the positions of the pass.
+                of its decoder, in training mode or with gradients on; or it was named in
+                ``target_modules`` and its input does not have the positions of the pass.
         """
         output: Tensor = self.base_layer(hidden_states)
         activation = current_activation()
         if activation is None:
             self._check_bare_call()
             return output
-        if activation.rows is None:
+        seen, rows = activation.find(hidden_states)
+        if not seen or (rows is not None and not self._is_linear(hidden_states, output)):
+            self._leave_out(hidden_states, activation.batch, activation.length)
             return output
-        _check_positions(hidden_states, activation)
+        if rows is None:
+            return output
         return add_low_rank(
             output,
             hidden_states,
-            activation.rows.to(hidden_states.device),  # elsewhere if the decoder is spread out
+            rows.to(hidden_states.device),  # elsewhere if the decoder is spread out
             self.lora_A,
             self.lora_B,
             scaling=self.scaling,
@@ -134,12 +141,20 @@ class PLoRALinear(nn.Module):
                 "plora_disabled(model)"
             )
 
+    def _is_linear(self, hidden_states: Tensor, output: object) -> bool:
+        """Whether the base layer did what its kind promises; routers derived from it do not."""
+        return isinstance(output, Tensor) and output.shape == (
+            *hidden_states.shape[:-1],
+            self.out_features,
+        )
 
-def _check_positions(hidden_states: Tensor, activation: Activation) -> None:
-    batch, length = activation.batch, activation.length
-    if hidden_states.shape[:-1] not in ((batch, length), (batch * length,)):
-        raise ValueError(
+    def _leave_out(self, hidden_states: Tensor, batch: int, length: int) -> None:
+        reason = (
             f"hidden_states: expected ({batch}, {length}, features) or ({batch * length}, "
-            f"features), the positions of the decoder pass, got {tuple(hidden_states.shape)}; "
+            f"features), the positions of the decoder pass, and an output of {self.out_features} "
+            f"features, got {tuple(hidden_states.shape)} in a {type(self.base_layer).__name__}; "
             "this layer does not see the sequence: put it in exclude_modules"
         )
+        if not self.may_be_left_out:
+            raise ValueError(reason)
+        self.left_out = reason

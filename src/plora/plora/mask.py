@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,14 +25,56 @@ class Activation:
 
     Attributes:
         rows: (R,) int64, ascending, indices into the flattened (batch, T) positions; None where
-            the pass is that of the plain base model.
+            none of them is adapted.
         batch: Number of sequences in the pass.
         length: T, positions per sequence in the pass.
+        mask: (B, L) bool, where the pass has a cache, for layers that read what it holds.
+        past: Positions before the pass's first one.
+        learning: Whether gradients are on, so that also no row at all has to reach A and B.
     """
 
     rows: Tensor | None
     batch: int
     length: int
+    mask: Tensor | None = None
+    past: int = 0
+    learning: bool = False
+    _in_cache: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def find(self, hidden_states: Tensor) -> tuple[bool, Tensor | None]:
+        """Whether a layer's input holds positions of the sequence, and which rows to adapt.
+
+        Multi-head latent attention keeps compressed keys in the cache as (batch, 1, S, K), S being
+        everything up to now, and expands all of them at every step: the layer that does so sees
+        positions that earlier passes had masked.
+
+        Args:
+            hidden_states: (..., K), the input of an adapted layer.
+
+        Returns:
+            True and the rows among the flattened leading positions, or None if no row is adapted;
+            False and None where the leading shape is not that of the sequence.
+        """
+        if self.rows is None and (self.mask is None or hidden_states.ndim != 4):
+            return True, None
+        batch, length, lead = self.batch, self.length, hidden_states.shape[:-1]
+        if lead in ((batch, length), (batch * length,), (batch, 1, length)):
+            return True, self.rows
+        if self.mask is not None and len(lead) == 3 and lead[:2] == (batch, 1):
+            return True, self._rows_in_cache(lead[2], hidden_states.device)
+        # where no position of the pass is adapted, nothing is lost
+        return self.rows is None, None
+
+    def _rows_in_cache(self, length: int, device: torch.device) -> Tensor | None:
+        """Rows of a cache of `length`: its last positions, or, if it has room, from the first."""
+        assert self.mask is not None
+        if length not in self._in_cache:
+            start = max(0, self.past + self.length - length)
+            self._in_cache[length] = active_rows(
+                self.mask, batch=self.batch, length=length, past=start, device=device
+            )
+        rows = self._in_cache[length]
+        return None if rows.numel() == 0 and not self.learning else rows
 
 
 @dataclass(frozen=True)

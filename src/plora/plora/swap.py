@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
 
-from plora.config import PLoRAConfig, matches
-from plora.decoder import DecoderScope, find_decoder, find_scope
+from plora.config import ALL_LINEAR, PLoRAConfig, matches
+from plora.decoder import DecoderScope, find_decoder, find_head, find_scope
 from plora.layer import PLoRALinear, linear_features
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,12 +45,13 @@ def apply_plora(model: Model, config: PLoRAConfig) -> Model:
             f"model: {type(model).__name__} has PLoRA already; call remove_plora(model) first"
         )
     decoder = find_decoder(model)
-    targets = _targets(model, decoder, config)
+    left_out = _left_out(model, decoder) if config.target_modules == ALL_LINEAR else {}
+    targets = _targets(model, decoder, config, left_out)
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     model.requires_grad_(False)
     for path, base_layer in targets.items():
         _put(model, path, PLoRALinear(base_layer, config))
-    DecoderScope(config, trainable).attach(decoder)
+    DecoderScope(config, trainable, left_out).attach(decoder)
     return model
 
 
@@ -105,7 +107,51 @@ def plora_layers(model: nn.Module) -> dict[str, PLoRALinear]:
     }
 
 
-def _targets(model: nn.Module, decoder: nn.Module, config: PLoRAConfig) -> dict[str, nn.Module]:
+def unadapted_layers(model: nn.Module) -> dict[str, str]:
+    """The linear layers inside the decoder that ``"all-linear"`` does not adapt, and why.
+
+    Some are known when PLoRA is applied: encoders of other modalities inside the decoder, and the
+    vocabulary head. Others show in the first masked pass, which then warns: layers that the model
+    does not call, because it reads their weight, and layers that do not see the sequence. Those
+    have A and B, which stay as they are; `PLoRAConfig.exclude_modules` spares them, as
+    ``DistributedDataParallel`` without ``find_unused_parameters`` asks for.
+
+    Args:
+        model: A model with PLoRA.
+
+    Returns:
+        Path in `model` -> reason.
+
+    Raises:
+        ValueError: The model has no PLoRA.
+    """
+    _, scope = require_scope(model)
+    found = {path: layer.left_out for path, layer in plora_layers(model).items()}
+    return scope.left_out | {path: reason for path, reason in found.items() if reason}
+
+
+def _left_out(model: nn.Module, decoder: nn.Module) -> dict[str, str]:
+    """Linear layers inside `decoder` that see something else than its sequence."""
+    others: dict[int, str] = {}
+    head = find_head(model)
+    if head is not None:
+        others[id(head)] = "it is the vocabulary head"
+    for module in decoder.modules():
+        reads = getattr(module, "main_input_name", "input_ids")  # of transformers' models
+        if module is not decoder and reads not in ("input_ids", "inputs_embeds"):
+            reason = f"it is inside a {type(module).__name__}, which reads {reads}"
+            others |= {id(part): reason for part in module.modules()}
+    inside = {id(module) for module in decoder.modules()}
+    return {
+        path: others[id(module)]
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) in others and id(module) in inside and linear_features(module) is not None
+    }
+
+
+def _targets(
+    model: nn.Module, decoder: nn.Module, config: PLoRAConfig, left_out: Mapping[str, str]
+) -> dict[str, nn.Module]:
     inside = {id(module) for module in decoder.modules()}
     names = None if isinstance(config.target_modules, str) else config.target_modules
     targets: dict[str, nn.Module] = {}
@@ -122,7 +168,7 @@ def _targets(model: nn.Module, decoder: nn.Module, config: PLoRAConfig) -> dict[
         name = matches(path, names) if names is not None else None
         is_linear = linear_features(module) is not None
         wanted = is_linear if names is None else name is not None
-        if not wanted or matches(path, config.exclude_modules):
+        if not wanted or path in left_out or matches(path, config.exclude_modules):
             continue
         if not is_linear:
             raise TypeError(
