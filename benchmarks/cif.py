@@ -17,7 +17,7 @@ float64 before it is timed. What a row of results/cif-DEVICE.jsonl holds beside 
     kernel_*  on CUDA, the time for which the GPU is busy, the rest of the median being spent on
               launching; and the same GB/s over that time
 
-Nothing flushes caches between the turns: small shapes may find their input in them.
+Nothing flushes caches: small shapes find their input in them.
 """
 
 from __future__ import annotations

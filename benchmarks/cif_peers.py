@@ -8,6 +8,7 @@ tokens of weight 1, and returns (B, N, D).
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -155,6 +156,8 @@ def why_not(name: str, most_fires: int) -> str | None:
     """Why an implementation cannot be measured, as far as is known without trying."""
     if name == "loop over frames" and most_fires > 1:
         return f"a frame fires {most_fires} tokens, this loop at most one per frame"
+    if name == "cif (triton)" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter (TRITON_INTERPRET=1) says nothing about speed"
     if name.startswith("torch-cif"):
         try:
             found = importlib.metadata.version("torch-cif")

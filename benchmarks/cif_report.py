@@ -24,7 +24,8 @@ def line(row: Row) -> str:
     start = f"{row['case']:22} {row['dtype']:9} {row['threads']} thr  {row['implementation']:17} "
     if "skipped" in row:
         return f"{start}skipped: {row['skipped']}"
-    peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:8.0f} MiB"
+    peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:6.0f} MiB"
+    peak += "" if row["fresh_ms"] is None else f", fresh {row['fresh_ms']:.3f} ms"
     return (
         f"{start}{row['pass']:17}{row['median_ms']:10.3f} ms  x {row['over_first']:<6.2f} "
         f"{row['gb_s']:7.1f} GB/s, floor x {row['over_floor']:<6.2f}{peak}"
@@ -59,8 +60,9 @@ def goals(rows: list[Row]) -> list[str]:
             for peer, goal in peers.items():
                 if peer in both:
                     times = both[peer]["median_ms"] / both[best]["median_ms"]
+                    fresh = _fresh_ratio(both[peer], both[best])
                     lines.append(
-                        f"{start}: {best} is {times:.1f} x as fast as {peer} (goal {goal})"
+                        f"{start}: {best} is {times:.1f} x as fast as {peer}{fresh} (goal {goal})"
                     )
             for which, goal in BANDWIDTH_GOALS.items():
                 for row in select(here, implementation=best, **{"pass": which}):
@@ -71,6 +73,12 @@ def goals(rows: list[Row]) -> list[str]:
                             f"bandwidth (goal {goal:.0%})"
                         )
     return lines
+
+
+def _fresh_ratio(peer: Row, best: Row) -> str:
+    if peer["fresh_ms"] is None or best["fresh_ms"] is None:
+        return ""
+    return f", {peer['fresh_ms'] / best['fresh_ms']:.1f} x in fresh memory"
 
 
 def table(rows: list[Row]) -> str:
@@ -93,17 +101,18 @@ def table(rows: list[Row]) -> str:
 
 def _in_full(rows: list[Row]) -> str:
     lines = [
-        "| | forward, ms | forward + backward, ms | peak, MiB | over the floor of bytes "
-        "| error of out, dh, dalpha |",
-        "|---|---|---|---|---|---|",
+        "| | forward, ms | forward + backward, ms | in fresh memory, ms | peak, MiB "
+        "| over the floor of bytes | error of out, dh, dalpha |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(row["implementation"] for row in rows):
         own = {row["pass"]: row for row in rows if row["implementation"] == name}
         forward, both = own["forward"], own[BOTH]
+        fresh = "" if both["fresh_ms"] is None else f"{both['fresh_ms']:.1f}"
         peak = "" if both["peak_mib"] is None else f"{both['peak_mib']:.0f}"
         errors = ", ".join(f"{both[f'error_{x}']:.0e}" for x in ("out", "dh", "dalpha"))
         lines.append(
-            f"| {name} | {forward['median_ms']:.1f} | {both['median_ms']:.1f} | {peak} "
+            f"| {name} | {forward['median_ms']:.1f} | {both['median_ms']:.1f} | {fresh} | {peak} "
             f"| {both['over_floor']:.1f} x | {errors} |"
         )
     return "\n".join(lines)

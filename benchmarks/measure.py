@@ -4,18 +4,14 @@ The implementations of a case take turns, so that whatever else the machine does
 alike; medians and quantiles are over those turns. One row of results/NAME.jsonl is one
 implementation of one case; measuring it again replaces the row.
 
-Peak memory is what one call adds, at its highest, to what was held before it, its results
-included. On CUDA the allocator knows (torch.cuda.max_memory_allocated). On a CPU it is resident
-memory: freed heap is given back (malloc_trim), Linux forgets the process's peak
-(/proc/self/clear_refs), the call runs, and the new peak (VmHWM) is read. So pages count that were
-touched, whoever allocated them; elsewhere than on Linux with glibc it is None.
+On a CPU every call is timed twice: in memory that the same call has just freed, which is what
+median_ms says and what a copy's bandwidth can be compared with, and in fresh memory (fresh_ms);
+see memory.py, which also finds the peak of memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import os
@@ -27,6 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from benchmarks import memory
 
 # What was measured; rows that agree in it are replaced together.
 IDENTITY = ("case", "implementation", "shape", "dtype", "device", "threads")
@@ -87,10 +85,11 @@ def take_turns(
 
     Returns:
         For each name: median, p20 and p80 in ms, its median over that of the first (below 1 is
-        faster), and the peak of memory above what was held before the call (MiB), which one more
-        call measures after the timed ones.
+        faster), on a CPU the median in fresh memory, and the peak of memory above what was held
+        before the call (MiB), which one more call measures after the timed ones.
     """
     seconds: dict[str, list[float]] = {name: [] for name in implementations}
+    fresh: dict[str, list[float]] = {name: [] for name in implementations}
     begin = time.perf_counter()
     warmed, timed = 0, 0
     while timed < repeats:
@@ -99,12 +98,14 @@ def take_turns(
             break
         warm = warmed >= warm_up or (warmed > 0 and spent > limit_s / 3)
         for name, call in implementations.items():
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            if warm:
-                seconds[name].append(time.perf_counter() - start)
+            if device == "cpu" and warm and memory.HAS_GLIBC:
+                both = _in_both_states(call)
+                fresh[name].append(both[0])
+                seconds[name].append(both[1])
+            elif warm:
+                seconds[name].append(_seconds(call, device))
+            else:
+                call()
         warmed, timed = (warmed, timed + 1) if warm else (warmed + 1, timed)
     first = statistics.median(next(iter(seconds.values())))
     rows: dict[str, dict[str, object]] = {}
@@ -116,43 +117,42 @@ def take_turns(
             "p20_ms": ordered[round(0.2 * last)] * 1e3,
             "p80_ms": ordered[round(0.8 * last)] * 1e3,
             "over_first": median / first,
-            "peak_mib": peak_mib(implementations[name], device),
+            "fresh_ms": statistics.median(fresh[name]) * 1e3 if fresh[name] else None,
+            "peak_mib": memory.peak_mib(implementations[name], device),
             "warm_up": warmed,
             "repeats": timed,
         }
     return rows
 
 
+def _seconds(call: Callable[[], object], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _in_both_states(call: Callable[[], object]) -> tuple[float, float]:
+    """The seconds of a call in fresh memory, and of one in recycled memory."""
+    memory.fresh()
+    start = memory.page_faults()
+    fresh = _seconds(call, "cpu")
+    few = 64 + (memory.page_faults() - start) // 16
+    memory.recycled()
+    call()
+    # A block that was freed is sometimes found too small for its successor, which must be aligned.
+    for _ in range(6):
+        start = memory.page_faults()
+        recycled = _seconds(call, "cpu")
+        if memory.page_faults() - start <= few:
+            break
+    return fresh, recycled
+
+
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def peak_mib(call: Callable[[], object], device: str) -> float | None:
-    """The peak of memory during a call above what was held before it, in MiB."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return float(torch.cuda.max_memory_allocated() - held) / 2**20
-    reset = Path("/proc/self/clear_refs")
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if reset.exists() else None
-    if trim is None:
-        return None
-    trim(0)
-    reset.write_text("5")
-    held_kib = _resident("VmHWM")
-    call()
-    return (_resident("VmHWM") - held_kib) / 1024
-
-
-def _resident(field: str) -> int:
-    """A figure of /proc/self/status in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def kernel_ms(call: Callable[[], object], calls: int = 5) -> float:

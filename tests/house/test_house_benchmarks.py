@@ -10,7 +10,8 @@ import pytest
 import torch
 from benchmarks.cif import Setting, check
 from benchmarks.cif_peers import IMPLEMENTATIONS
-from benchmarks.measure import peak_mib, read, take_turns, write
+from benchmarks.measure import read, take_turns, write
+from benchmarks.memory import HAS_GLIBC, fresh, page_faults, peak_mib
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"commit", "device", "torch", "dtype", "shape", "warm_up", "repeats", "over_first"}
@@ -70,7 +71,9 @@ def test_slow_calls_take_fewer_turns():
         limit_s=0.01,
     )["slow"]
     assert (timed["warm_up"], timed["repeats"]) == (1, 3)
-    assert len(calls) == 1 + 3 + 1  # the last one for the peak of memory
+    assert timed["fresh_ms"] is None or timed["fresh_ms"] >= 20
+    each = 3 if HAS_GLIBC else 1  # in fresh memory, untimed, in recycled memory
+    assert len(calls) == 1 + 3 * each + HAS_GLIBC  # one to warm up, the last for the peak
     assert timed["median_ms"] >= 20
 
 
@@ -85,7 +88,24 @@ def test_rows_are_replaced_not_repeated(tmp_path):
     assert [row["median_ms"] for row in read(path)] == [9, 2]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux keeps the peak")
+@pytest.mark.skipif(
+    not (HAS_GLIBC and Path("/proc/self/clear_refs").exists()), reason="needs Linux and glibc"
+)
+def test_a_result_in_fresh_memory_costs_its_pages():
+    counts = []
+    for _ in range(2):
+        fresh()
+        start = page_faults()
+        torch.ones(64, 2**18)  # 64 MiB
+        counts.append(page_faults() - start)
+    assert min(counts) > 8000
+    timed = take_turns({"ones": lambda: torch.ones(64, 2**18)}, device="cpu", warm_up=1, repeats=5)
+    assert timed["ones"]["fresh_ms"] > timed["ones"]["median_ms"]
+
+
+@pytest.mark.skipif(
+    not (HAS_GLIBC and Path("/proc/self/clear_refs").exists()), reason="needs Linux and glibc"
+)
 def test_peak_memory_counts_what_is_touched():
     def call():
         first = torch.ones(48, 2**18)  # 48 MiB

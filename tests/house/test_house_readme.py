@@ -39,6 +39,7 @@ def test_a_part_is_filled_from_the_rows_of_its_benchmark(tmp_path, monkeypatch):
         "threads": 1,
         "torch": "2.13",
         "implementation": "cif (torch)",
+        "fresh_ms": 4.56,
         "peak_mib": 7.4,
         "over_floor": 1.5,
         "note": "",
@@ -51,7 +52,7 @@ def test_a_part_is_filled_from_the_rows_of_its_benchmark(tmp_path, monkeypatch):
     document.write_text("a\n<!-- results: cif-cpu -->\nold\n<!-- end of results -->\nb\n")
     text = filled(document)
     assert "old" not in text
-    assert "| cif (torch) | 1.2 | 3.5 | 7 | 1.5 x | 1e-08, 1e-08, 1e-08 |" in text
+    assert "| cif (torch) | 1.2 | 3.5 | 4.6 | 7 | 1.5 x | 1e-08, 1e-08, 1e-08 |" in text
     assert "an abacus" in text
     assert "(results/cif-cpu.jsonl)" in text
     assert (text.startswith("a\n"), text.endswith("b\n")) == (True, True)
