@@ -65,7 +65,7 @@ PYTHON_END
 stage tests "$python" -m pytest -m gpu -W default -p no:cacheprovider --continue-on-collection-errors
 
 for name in $("$python" -m benchmarks --list | cut -f1); do
-    stage "benchmark-$name" "$python" -m "benchmarks.$name" --out "$results"
+    stage "benchmark-$name" "$python" -m "benchmarks.$name" --out "$results" --seconds 3
 done
 
 # shellcheck disable=SC2086 # RECIPE holds several arguments
