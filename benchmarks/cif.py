@@ -195,7 +195,7 @@ def measured(
 def main(arguments: Sequence[str] | None = None) -> int:
     options = measure.options("python -m benchmarks.cif", arguments)
     device, threads = options.device, torch.get_num_threads()
-    rows: list[dict[str, object]] = []
+    path = options.out / f"cif-{device}.jsonl"
     many = (options.threads or sorted({1, threads})) if device == "cpu" else [threads]
     try:
         for count in many:
@@ -207,16 +207,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     setting = Setting(case, dtype, device)
                     if options.case not in setting.name:
                         continue
+                    rows = []
                     for row in measured(setting, copy_gb_s, options):
                         rows.append({**row, **where})
                         print(cif_report.line(rows[-1]), flush=True)
+                    measure.write(rows, path)  # now, lest a run that is cut short leave nothing
     finally:
         torch.set_num_threads(threads)
-    path = options.out / f"cif-{device}.jsonl"
-    measure.write(rows, path)
-    rows = measure.read(path)
-    cif_report.chart(rows, path.with_suffix(".svg"))
-    print(*cif_report.goals(rows), sep="\n")
+    if path.exists():
+        rows = measure.read(path)
+        cif_report.chart(rows, path.with_suffix(".svg"))
+        print(*cif_report.goals(rows), sep="\n")
     return 0
 
 
