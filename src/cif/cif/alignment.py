@@ -5,7 +5,6 @@ Shapes: B batch, T frames, N tokens, D width.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,18 +12,9 @@ import torch
 from torch import Tensor
 
 from cif.backends.torch_backend import integrate
-from cif.prefix import (
-    FRACTION_BITS,
-    MAX_TOTAL,
-    ONE,
-    Tail,
-    fire_times,
-    fixed_point_prefix,
-    row_totals,
-    scale_prefix,
-    tail_counts,
-)
-from cif.spans import Spans, merge
+from cif.prefix import FRACTION_BITS, ONE, Tail, fire_times
+from cif.rows import build_rows
+from cif.spans import Spans, lay_out, merge
 
 
 class SparseWeights(NamedTuple):
@@ -83,15 +73,14 @@ class Alignment:
 
     def spans(self) -> Spans:
         """Lay the rows out one after the other, N tokens each."""
-        batch, frames = self.frame_starts.shape
-        base = torch.arange(batch, device=self.fired.device)[:, None] * self.num_tokens
-        return Spans(
-            starts=(self.frame_starts + (base << FRACTION_BITS)).flatten(),
-            ends=(self.frame_ends + (base << FRACTION_BITS)).flatten(),
-            limits=(base + self.fired[:, None]).expand(batch, frames).flatten(),
-            readable=None if self.frame_mask is None else self.frame_mask.flatten(),
-            units=self.units[:, None].expand(batch, self.num_tokens).flatten(),
-            levels=self.levels.flatten(1),
+        return lay_out(
+            self.frame_starts,
+            self.frame_ends,
+            self.fired,
+            num_tokens=self.num_tokens,
+            units=self.units,
+            levels=self.levels,
+            frame_mask=self.frame_mask,
         )
 
     def weights(self) -> Tensor:
@@ -162,59 +151,39 @@ def build_alignment(
     max_tokens: int | None,
 ) -> Alignment:
     """Decide the fires of a padded batch; the arguments are those of `cif.align`, checked."""
-    alphas = alphas.to(torch.promote_types(alphas.dtype, torch.float32)).clamp(min=0.0)
-    frame_mask = None if attention_mask is None else attention_mask.bool()
-    if frame_mask is not None:
-        alphas = torch.where(frame_mask, alphas, 0.0)
-    summed = alphas.sum(dim=1)
-
-    # A row that is not finite would make indices run wild: it is integrated as if all of its frames
-    # weighed the same, and its unit of weight is NaN, so that the fault shows in the result.
-    valid = summed < threshold * MAX_TOTAL
-    usable = torch.where(valid[:, None], alphas, threshold / max(alphas.shape[1], 1))
-    levels = usable.double().cumsum(dim=1) / threshold
-    with torch.no_grad():
-        prefix = fixed_point_prefix(usable, threshold)
-        totals = row_totals(prefix)
-        if target_lengths is not None:
-            num_tokens = _longest(target_lengths) if max_tokens is None else max_tokens
-            counts = target_lengths.to(prefix.device, torch.int64).clamp(min=0)
-        else:
-            counts = tail_counts(totals, tail, tail_threshold).where(valid, 1)
-            num_tokens = _longest(counts) if max_tokens is None else max_tokens
-        scaled = target_lengths is not None or tail == "round"
-        if scaled:
-            prefix = scale_prefix(prefix, counts)
-        lengths = counts.clamp(max=num_tokens)
-        fired = lengths.where(totals > 0, 0)
-        units = torch.full_like(summed, threshold).where(valid, math.nan)
-        integrated = (totals.double() / ONE).to(summed.dtype) * units
-        frame_ends = prefix.minimum((fired << FRACTION_BITS)[:, None])
-    if scaled and levels.shape[1] > 0:
-        levels = levels * (counts[:, None] / torch.where(totals > 0, levels[:, -1], 1.0)[:, None])
-
-    # The value comes from the integers, the same for every batching; the gradient from the sum.
-    alpha_sum = integrated + (summed - summed.detach())
-    token = torch.arange(num_tokens, device=prefix.device)
+    rows = build_rows(
+        alphas,
+        attention_mask,
+        target_lengths,
+        threshold=threshold,
+        tail=tail,
+        tail_threshold=tail_threshold,
+    )
+    if max_tokens is None:
+        max_tokens = longest(rows.counts if target_lengths is None else target_lengths)
+    lengths = rows.counts.clamp(max=max_tokens)
+    fired = lengths.where(rows.totals > 0, 0)
+    frame_ends = rows.prefix.minimum((fired << FRACTION_BITS)[:, None])
+    token = torch.arange(max_tokens, device=lengths.device)
     factors = None
     if target_lengths is None and tail == "threshold":
-        factors = _tail_factors(totals, alpha_sum / threshold, lengths, token)
+        factors = tail_factors(rows.totals, rows.alpha_sum / threshold, lengths, token)
     return Alignment(
         lengths=lengths,
         attention_mask=token < lengths[:, None],
-        alpha_sum=alpha_sum,
-        fire_times=fire_times(prefix, lengths, num_tokens),
+        alpha_sum=rows.alpha_sum,
+        fire_times=fire_times(rows.prefix, lengths, max_tokens),
         frame_starts=_before(frame_ends),
         frame_ends=frame_ends,
-        frame_mask=frame_mask,
+        frame_mask=rows.frame_mask,
         fired=fired,
-        units=units,
-        levels=torch.stack([_before(levels), levels]),
+        units=rows.units,
+        levels=torch.stack([_before(rows.levels), rows.levels]),
         tail_factors=factors,
     )
 
 
-def _longest(lengths: Tensor) -> int:
+def longest(lengths: Tensor) -> int:
     """Read the largest length; on a GPU this waits for the device."""
     if lengths.numel() == 0:
         return 0
@@ -229,7 +198,7 @@ def _before(ends: Tensor) -> Tensor:
     return torch.cat([ends.new_zeros(ends.shape[0], 1), ends], dim=1)[:, :-1]
 
 
-def _tail_factors(totals: Tensor, tokens: Tensor, lengths: Tensor, token: Tensor) -> Tensor:
+def tail_factors(totals: Tensor, tokens: Tensor, lengths: Tensor, token: Tensor) -> Tensor:
     """Return the factor, (B, N), that makes the token of the rest a whole one.
 
     Args:

@@ -109,6 +109,18 @@ def fire_times(prefix: Tensor, lengths: Tensor, num_tokens: int) -> Tensor:
     frame = torch.searchsorted(prefix, edges)
     after = prefix.gather(1, frame)
     before = prefix.gather(1, (frame - 1).clamp(min=0)) * (frame > 0)
-    part = (edges - before).double() / (after - before).clamp(min=1).double()
     fired = (token < lengths[:, None]) & (totals > 0)
-    return torch.where(fired, frame + part, 0.0).float()
+    return torch.where(fired, moment(frame, before, after, edges), 0.0).float()
+
+
+def moment(frame: Tensor, before: Tensor, after: Tensor, edges: Tensor) -> Tensor:
+    """Interpolate: where within its frame a token ends, int64 each, of one shape.
+
+    Args:
+        frame: the frame in which it ends; before, after: the prefix on either side of that frame;
+        edges: the prefix at which the token is complete.
+
+    Returns:
+        float64, in frames.
+    """
+    return frame + (edges - before).double() / (after - before).clamp(min=1).double()

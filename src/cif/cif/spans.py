@@ -41,6 +41,39 @@ class Spans(NamedTuple):
     levels: Tensor
 
 
+def lay_out(
+    starts: Tensor,
+    ends: Tensor,
+    limits: Tensor,
+    *,
+    num_tokens: int,
+    units: Tensor,
+    levels: Tensor,
+    frame_mask: Tensor | None = None,
+) -> Spans:
+    """Put the rows of a padded batch one after the other, N tokens each.
+
+    Args:
+        starts: (B, T) int64, Q.40, in tokens from the beginning of the row.
+        ends: (B, T) int64.
+        limits: (B,) int64, the tokens that each row fires.
+        num_tokens: N.
+        units: (B,) float.
+        levels: (2, B, T) float64.
+        frame_mask: (B, T) bool, False at masked frames.
+    """
+    batch, frames = starts.shape
+    base = torch.arange(batch, device=starts.device)[:, None] * num_tokens
+    return Spans(
+        starts=(starts + (base << FRACTION_BITS)).flatten(),
+        ends=(ends + (base << FRACTION_BITS)).flatten(),
+        limits=(base + limits[:, None]).expand(batch, frames).flatten(),
+        readable=None if frame_mask is None else frame_mask.flatten(),
+        units=units[:, None].expand(batch, num_tokens).flatten(),
+        levels=levels.flatten(1),
+    )
+
+
 class Intervals(NamedTuple):
     """The merged list: F intervals that end with their frame, then M that end with their token.
 

@@ -60,20 +60,62 @@ def check_alphas(
                 f"got {attention_mask.device}; use .to(alphas.device)"
             )
     if target_lengths is not None:
-        if (
-            target_lengths.is_floating_point()
-            or target_lengths.is_complex()
-            or target_lengths.dtype == torch.bool
-        ):
-            raise TypeError(
-                f"target_lengths: expected an integer dtype, got {target_lengths.dtype}; "
-                "use .long()"
-            )
-        if target_lengths.shape != alphas.shape[:1]:
+        _check_target_lengths(target_lengths, tuple(alphas.shape[:1]))
+
+
+def check_packed(
+    hidden_states: Tensor,
+    alphas: Tensor,
+    cu_seqlens: Tensor,
+    target_lengths: Tensor | None,
+    max_seqlen: int | None,
+) -> None:
+    """Raise TypeError or ValueError where the arguments of `cif.cif_packed` do not fit together."""
+    if hidden_states.dim() != 2:
+        raise ValueError(
+            f"hidden_states: expected shape (F, D), got {tuple(hidden_states.shape)}; "
+            "for a padded batch use cif.cif"
+        )
+    _check_floating("hidden_states", hidden_states)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens: expected shape (S + 1,) with at least one row, "
+            f"got {tuple(cu_seqlens.shape)}"
+        )
+    _check_floating("alphas", alphas)
+    if alphas.shape != hidden_states.shape[:1]:
+        raise ValueError(
+            f"alphas: expected shape (F,) = {tuple(hidden_states.shape[:1])} of hidden_states, "
+            f"got {tuple(alphas.shape)}"
+        )
+    for name, tensor in (("alphas", alphas), ("cu_seqlens", cu_seqlens)):
+        if tensor.device != hidden_states.device:
             raise ValueError(
-                f"target_lengths: expected shape (B,) = {tuple(alphas.shape[:1])}, "
-                f"got {tuple(target_lengths.shape)}"
+                f"{name}: expected device {hidden_states.device} of hidden_states, "
+                f"got {tensor.device}; use .to(hidden_states.device)"
             )
+    rows = (cu_seqlens.shape[0] - 1,)
+    if target_lengths is not None:
+        _check_target_lengths(target_lengths, rows)
+    if max_seqlen is not None and max_seqlen < min(1, hidden_states.shape[0]):
+        raise ValueError(
+            f"max_seqlen: expected the length of the longest row or None, got {max_seqlen}"
+        )
+
+
+def _check_target_lengths(target_lengths: Tensor, shape: tuple[int, ...]) -> None:
+    kind = target_lengths.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise TypeError(
+            f"target_lengths: expected an integer dtype, got {target_lengths.dtype}; use .long()"
+        )
+    if target_lengths.shape != shape:
+        raise ValueError(
+            f"target_lengths: expected one for each row, shape {shape}, "
+            f"got {tuple(target_lengths.shape)}"
+        )
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
