@@ -28,7 +28,7 @@ HIDDEN, ALPHAS = torch.randn(2, 5, 3), torch.rand(2, 5)
         ({"tail_threshold": 0.0}, ValueError, r"tail_threshold: .*keep"),
         ({"tail_threshold": 1.5}, ValueError, r"tail_threshold: .*got 1.5"),
         ({"max_tokens": -1}, ValueError, r"max_tokens: .*got -1"),
-        ({"backend": "cuda"}, ValueError, r"backend: expected one of auto, triton, torch, dense, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, r"backend: expected one of auto, .*, got 'cuda'"),
     ],
 )
 def test_function(change, error, message):

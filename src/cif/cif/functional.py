@@ -5,13 +5,15 @@ Shapes: B batch, T frames, N tokens, D width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cif.alignment import Alignment, build_alignment
-from cif.backends import Backend, resolve, torch_backend, triton_backend
+from cif.alignment import Alignment, build_alignment, longest, tail_factors
+from cif.backends import Backend, resolve, triton_align
+from cif.backends.dispatch import integrate
 from cif.prefix import Tail
 from cif.validation import check_alphas, check_hidden_states, check_options
 
@@ -110,6 +112,17 @@ def cif(
     backend = resolve(backend, hidden_states.device)
     if hidden_states.dtype == torch.float64:
         alphas = alphas.double()
+    if backend == "triton":
+        return _cif_triton(
+            hidden_states,
+            alphas,
+            attention_mask,
+            target_lengths,
+            threshold=threshold,
+            tail=tail,
+            tail_threshold=tail_threshold,
+            max_tokens=max_tokens,
+        )
     alignment = build_alignment(
         alphas,
         attention_mask,
@@ -125,6 +138,56 @@ def cif(
         attention_mask=alignment.attention_mask,
         alpha_sum=alignment.alpha_sum,
         fire_times=alignment.fire_times,
+    )
+
+
+def _cif_triton(
+    hidden_states: Tensor,
+    alphas: Tensor,
+    attention_mask: Tensor | None,
+    target_lengths: Tensor | None,
+    *,
+    threshold: float,
+    tail: Tail,
+    tail_threshold: float,
+    max_tokens: int | None,
+) -> CIFOutput:
+    """Do what `cif` does in two kernels, one that decides the fires and one that integrates."""
+    mask = None if attention_mask is None else attention_mask.bool().contiguous()
+    targets = None if target_lengths is None else target_lengths.to(alphas.device, torch.int64)
+    decide = partial(
+        triton_align.align,
+        alphas,
+        mask,
+        targets,
+        threshold=threshold,
+        tail=tail,
+        tail_threshold=tail_threshold,
+    )
+    if max_tokens is not None:
+        num_tokens = max_tokens
+    elif target_lengths is not None:
+        num_tokens = longest(target_lengths)
+    else:
+        num_tokens = longest(decide(num_tokens=0).counts)
+    aligned = decide(num_tokens=num_tokens)
+    factors = None
+    if target_lengths is None and tail == "threshold":
+        token = torch.arange(num_tokens, device=alphas.device)
+        tokens = aligned.alpha_sum / threshold
+        factors = tail_factors(aligned.totals, tokens, aligned.lengths, token)
+    batch, frames, width = hidden_states.shape
+    flat = hidden_states.reshape(batch * frames, width)
+    dtype = hidden_states.dtype if factors is None else aligned.alpha_sum.dtype
+    hidden = integrate(flat, aligned.spans, dtype, "triton").view(batch, num_tokens, width)
+    if factors is not None:
+        hidden = (hidden * factors[..., None]).to(hidden_states.dtype)
+    return CIFOutput(
+        hidden_states=hidden,
+        lengths=aligned.lengths,
+        attention_mask=aligned.attention_mask,
+        alpha_sum=aligned.alpha_sum,
+        fire_times=aligned.fire_times,
     )
 
 
@@ -178,8 +241,8 @@ def _integrate(alignment: Alignment, hidden_states: Tensor, backend: Backend) ->
         return _multiply(alignment, hidden_states)
     factors = alignment.tail_factors
     dtype = hidden_states.dtype if factors is None else alignment.units.dtype
-    integrate = (triton_backend if backend == "triton" else torch_backend).integrate
-    hidden = integrate(hidden_states.reshape(batch * frames, width), alignment.spans(), dtype)
+    flat = hidden_states.reshape(batch * frames, width)
+    hidden = integrate(flat, alignment.spans(), dtype, backend)
     hidden = hidden.view(batch, alignment.num_tokens, width)
     return hidden if factors is None else (hidden * factors[..., None]).to(hidden_states.dtype)
 

@@ -45,25 +45,33 @@ def row_totals(prefix: Tensor) -> Tensor:
     return prefix[:, -1]
 
 
+def tail_bias(tail: Tail, tail_threshold: float) -> int:
+    """Return what is added to a row's sum, in Q.40, before it is cut to whole tokens.
+
+    Args:
+        tail: what becomes of the rest after the last whole token, see `cif.cif`.
+        tail_threshold: the smallest rest, as a part of a token, that `tail="threshold"` fires.
+    """
+    if tail == "round":
+        return ONE // 2
+    if tail == "threshold":
+        return ONE - round(tail_threshold * ONE)
+    return ONE - 1 if tail == "keep" else 0
+
+
 def tail_counts(totals: Tensor, tail: Tail, tail_threshold: float) -> Tensor:
     """Decide how many tokens each row fires when no target length is known.
 
     Args:
         totals: (B,) int64, the last prefix of each row.
-        tail: what becomes of the rest after the last whole token, see `cif.cif`.
-        tail_threshold: the smallest rest, as a part of a token, that `tail="threshold"` fires.
+        tail: as for `tail_bias`.
+        tail_threshold: as for `tail_bias`.
 
     Returns:
         (B,) int64. Rows that sum to zero fire nothing under every rule.
     """
-    if tail == "round":
-        rounded = (totals + ONE // 2) >> FRACTION_BITS
-        return torch.where(totals > 0, rounded.clamp(min=1), rounded)
-    if tail == "threshold":
-        return (totals + (ONE - round(tail_threshold * ONE))) >> FRACTION_BITS
-    if tail == "keep":
-        return (totals + (ONE - 1)) >> FRACTION_BITS
-    return totals >> FRACTION_BITS
+    counts = (totals + tail_bias(tail, tail_threshold)) >> FRACTION_BITS
+    return torch.where(totals > 0, counts.clamp(min=1), counts) if tail == "round" else counts
 
 
 def scale_prefix(prefix: Tensor, counts: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cif.backends import Backend, torch_backend, triton_backend
+from cif.backends import Backend, torch_backend, triton_integrate
 from cif.spans import Spans
 
 
@@ -22,5 +22,5 @@ def integrate(hidden_states: Tensor, spans: Spans, dtype: torch.dtype, backend: 
         (M, D); zeros at tokens that have no frame.
     """
     if backend == "triton":
-        return triton_backend.integrate(hidden_states, spans, dtype)
+        return triton_integrate.integrate(hidden_states, spans, dtype)
     return torch_backend.integrate(hidden_states, spans, dtype)

@@ -1,33 +1,25 @@
-"""The Triton kernels as PyTorch operators, which torch.compile and torch.export see as one node.
+"""Integration by Triton kernels, as an operator that torch.compile and torch.export see whole.
 
 Shapes: F frames of the batch, M tokens of the batch, D width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from cif.backends.second_order import refuse_second_derivative
+from cif.backends.triton_launch import launch_integrate, launch_integrate_backward
 from cif.spans import Spans
-
-__all__ = ["integrate"]
 
 
 def integrate(hidden_states: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
     """Sum the frames of each token by their weights; see `cif.backends.torch_backend.integrate`."""
-    return _integrate(
-        hidden_states,
-        spans.levels,
-        spans.starts,
-        spans.ends,
-        spans.limits,
-        spans.readable,
-        spans.units,
-        dtype,
-    )
+    starts, ends, limits, readable, units, levels = spans
+    out = _integrate(hidden_states, levels, starts, ends, limits, readable, units, dtype)
+    return cast(Tensor, out)
 
 
 @torch.library.custom_op("cif::integrate", mutates_args=())
@@ -41,8 +33,6 @@ def _integrate(
     units: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    from cif.backends.triton_kernels import launch_integrate
-
     return launch_integrate(hidden_states, starts, ends, units, dtype)
 
 
@@ -70,8 +60,6 @@ def _integrate_backward(
     readable: Tensor | None,
     units: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    from cif.backends.triton_kernels import launch_integrate_backward
-
     return launch_integrate_backward(grad, hidden_states, starts, ends, limits, readable, units)
 
 
