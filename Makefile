@@ -6,7 +6,7 @@ PIECES := src/cif src/plora src/kd_losses src/adapters
 STAMP := $(VENV)/.installed
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: install train test lint format bench test-real test-gpu test-slow clean
+.PHONY: install train test lint format bench test-real test-gpu test-slow test-decoders clean
 
 # the embedded default: no network once installed, no GPU, a few minutes
 train: install
@@ -14,7 +14,7 @@ train: install
 
 # two workers of one thread each, so that two cores are full and none waits for the other
 test: lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not real and not gpu and not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not real and not gpu and not slow and not decoders"
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,6 +36,10 @@ test-gpu: install
 
 test-slow: install
 	$(ONE_THREAD) $(BIN)/python -m pytest -m slow
+
+# PLoRA in every class of transformers' causal-LM mapping: about two minutes on two cores
+test-decoders: install
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m decoders tests/decoders
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
