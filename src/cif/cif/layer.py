@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cif.backends import Backend
+from cif.context import with_neighbours
 from cif.functional import CIFOutput, cif
 from cif.heads import (
     AlphaHead,
@@ -22,7 +23,8 @@ from cif.heads import (
     mlp_logits,
 )
 from cif.prefix import Tail
-from cif.validation import check_options
+from cif.streaming import CIFState, cif_stream
+from cif.validation import check_alphas, check_options
 
 
 class CIF(nn.Module):
@@ -175,11 +177,7 @@ class CIF(nn.Module):
             The output of `cif.cif` with `hidden_states` (B, N, output_size), zeros past the row's
             length, and with `alphas`.
         """
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"hidden_states: expected shape (B, T, {self.hidden_size}), "
-                f"got {tuple(hidden_states.shape)}"
-            )
+        self._check(hidden_states)
         alphas = self.predict_alphas(hidden_states, attention_mask)
         out = cif(
             hidden_states,
@@ -192,8 +190,82 @@ class CIF(nn.Module):
             max_tokens=max_tokens,
             backend=self.backend,
         )
+        return self._projected(out)._replace(alphas=alphas)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        hidden_states: Tensor,
+        state: CIFState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        tail: Tail | None = None,
+        final: bool = False,
+        max_tokens: int | None = None,
+    ) -> tuple[CIFOutput, CIFState]:
+        """Turn the next frames of a batch of streams into tokens; for inference, without gradients.
+
+        However a row is cut into chunks, together they give what `forward` gives for the whole row
+        under the same tail rule, up to the rounding of the alpha head. The convolution of "conv"
+        waits for the frames on the right of a frame: with it, tokens come `alpha_context` frames
+        later. No noise is added to alpha.
+
+        Args:
+            hidden_states: (B, T, D) float, the next T frames; T may be 0.
+            state: what the last call returned; None at the start.
+            attention_mask: (B, T) bool or integer, nonzero at real frames. A row that has ended,
+                while others have not, goes on with masked frames.
+            tail: "threshold", "drop" or "keep"; None for the layer's own. A stream cannot do
+                "round", and a layer made with that needs one of the others here.
+            final: these are the last frames of all rows; a chunk of 0 frames will do.
+            max_tokens: N, see `cif.cif_stream`.
+
+        Returns:
+            What `cif.cif_stream` returns, the tokens projected, with the `alphas` of the frames
+            that were integrated.
+        """
+        self._check(hidden_states)
+        if attention_mask is not None:
+            check_alphas(hidden_states[..., 0], attention_mask, None)
+        ready = with_neighbours(
+            hidden_states,
+            attention_mask,
+            None if state is None else state.context,
+            None if state is None else state.context_mask,
+            reach=self.alpha_context,
+            final=final,
+        )
+        frames = ready.hidden_states
+        if frames.shape[1] == 0:
+            alphas = torch.zeros_like(frames[..., 0])
+        else:
+            alphas = alphas_from_logits(self.alpha_logits(ready.padded), ready.frame_mask)
+        out, state = cif_stream(
+            frames,
+            alphas,
+            state,
+            attention_mask=ready.frame_mask,
+            threshold=self.threshold,
+            tail=self.tail if tail is None else tail,
+            tail_threshold=self.tail_threshold,
+            final=final,
+            max_tokens=max_tokens,
+            backend=self.backend,
+        )
+        if not final:
+            state = state._replace(context=ready.context, context_mask=ready.context_mask)
+        return self._projected(out)._replace(alphas=alphas), state
+
+    def _projected(self, out: CIFOutput) -> CIFOutput:
         # Cutting the channel off the N tokens instead of the T frames saves a copy of the frames.
         integrated = out.hidden_states[..., : self.projection.in_features]
         hidden = cast(Tensor, self.projection(integrated))
         hidden = hidden.masked_fill(~out.attention_mask[..., None], 0.0)
-        return out._replace(hidden_states=hidden, alphas=alphas)
+        return out._replace(hidden_states=hidden)
+
+    def _check(self, hidden_states: Tensor) -> None:
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states: expected shape (B, T, {self.hidden_size}), "
+                f"got {tuple(hidden_states.shape)}"
+            )
