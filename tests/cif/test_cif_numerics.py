@@ -24,7 +24,7 @@ def dense(hidden, alphas, targets):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_no_further_from_the_truth_than_plain_torch(dtype):
     torch.manual_seed(0)
-    hidden = torch.randn(4, 300, 64).to(dtype)
+    hidden = torch.randn(4, 300, 200).to(dtype)
     alphas = (torch.rand(4, 300) * 0.2).to(dtype)
     targets = torch.tensor([20, 25, 30, 33])
 

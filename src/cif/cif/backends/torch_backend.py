@@ -24,6 +24,9 @@ from cif.backends.second_order import refuse_second_derivative
 from cif.prefix import FRACTION_BITS, ONE
 from cif.spans import Intervals, Spans, merge
 
+# Columns that are copied from a low precision at a time.
+_PIECE = 128
+
 
 def integrate(hidden_states: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
     """Sum the frames of each token by their weights.
@@ -37,15 +40,16 @@ def integrate(hidden_states: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor
         (M, D); zeros at tokens that have no frame.
     """
     out: Tensor = _Integrate.apply(  # type: ignore[no-untyped-call]  # torch's
-        hidden_states, spans.levels, *spans[:-1]
+        dtype, hidden_states, spans.levels, *spans[:-1]
     )
-    return out.to(dtype)
+    return out
 
 
 class _Integrate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        dtype: torch.dtype,
         hidden_states: Tensor,
         levels: Tensor,
         starts: Tensor,
@@ -56,14 +60,22 @@ class _Integrate(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden_states, levels, starts, ends, limits, readable, units)
         if _is_empty(hidden_states, units):
-            return units.new_zeros(units.shape[0], hidden_states.shape[1])
+            return units.new_zeros(units.shape[0], hidden_states.shape[1], dtype=dtype)
         parts = merge(starts, ends, units.shape[0])
         live = parts.sizes > 0
         place, offsets = _compact(parts, live)
         frames = _scattered(parts.frames, place)
         weights = _scattered(_weights(parts, live, units), place)
         # The bag after the last token's holds what is left over of the list.
-        return _bags(hidden_states.to(units.dtype), frames, offsets, weights)[:-1]
+        columns = _columns(hidden_states, units.dtype)
+        if len(columns) == 1:
+            out = _bags(hidden_states.to(units.dtype), frames, offsets, weights)[:-1]
+            return out.to(dtype)
+        out = hidden_states.new_empty(units.shape[0], hidden_states.shape[1], dtype=dtype)
+        for piece in columns:
+            values = hidden_states[:, piece].to(units.dtype)
+            out[:, piece] = _bags(values, frames, offsets, weights)[:-1]
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,6 +83,7 @@ class _Integrate(torch.autograd.Function):
         with torch.no_grad():
             gradients = _gradients(grad, hidden_states, levels, *layout)
         return (
+            None,
             *refuse_second_derivative(gradients, grad, hidden_states, levels),
             *(None,) * 5,
         )
@@ -97,9 +110,20 @@ def _gradients(
     last = parts.order[:frames]
     first = frame + (starts >> FRACTION_BITS)
     offsets = F.pad(last[:-1] + 1, (1, 0))
-    d_hidden, at_end, at_start = _dots(
-        hidden_states.to(units.dtype), grad, tokens, offsets, weights, last, first
-    )
+    entries = (tokens, offsets, weights, last, first)
+    columns = _columns(hidden_states, units.dtype)
+    if len(columns) == 1:
+        values = hidden_states.to(units.dtype)
+        d_hidden, at_end, at_start = _dots(values, grad.to(units.dtype), *entries)
+        d_hidden = d_hidden.to(hidden_states.dtype)
+    else:
+        d_hidden = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        at_end, at_start = units.new_zeros(2, frames)
+        for piece in columns:
+            values, piece_grad = (t[:, piece].to(units.dtype) for t in (hidden_states, grad))
+            d_hidden[:, piece], *dots = _dots(values, piece_grad, *entries)
+            at_end += dots[0]
+            at_start += dots[1]
     # A frame that ends with its row's last token touches no token at its end. Whatever stands
     # in masked frames, NaN included, has been multiplied into their dot products.
     starts_inside, ends_inside = (edge >> FRACTION_BITS < limits for edge in (starts, ends))
@@ -113,11 +137,23 @@ def _gradients(
             torch.where(ends_inside, unit * at_end, 0.0),
         ]
     )
-    return d_hidden.to(hidden_states.dtype), d_levels.to(levels.dtype)
+    return d_hidden, d_levels.to(levels.dtype)
 
 
 def _is_empty(hidden_states: Tensor, units: Tensor) -> bool:
     return bool(min(*hidden_states.shape, units.shape[0]) == 0)
+
+
+def _columns(hidden_states: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Cut the width into pieces that are worked on one after the other.
+
+    Frames of low precision, (F, D), are copied to `dtype`: a piece of the copy stays in the cache,
+    the whole of it would not.
+    """
+    width = hidden_states.shape[1]
+    if hidden_states.dtype == dtype or torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(start, start + _PIECE) for start in range(0, width, _PIECE)]
 
 
 def _compact(parts: Intervals, live: Tensor) -> tuple[Tensor, Tensor]:
