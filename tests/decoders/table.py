@@ -56,9 +56,10 @@ multiplied together; then PLoRA has to stay within that rounding.
 
 "Left out" are linear layers inside the decoder that PLoRA does not adapt under `all-linear`
 (`plora.unadapted_layers(model)` lists them): some models read a layer's weight without calling it
-("not called"), or never call it in text-only passes; some call a layer on something else than the
-positions of the sequence ("sees no positions"). Experts of which one parameter holds all matrices
-are no linear layers, and PLoRA leaves them as they are.
+("not called"), or never call it in text-only passes; some call a layer, in one of its calls at
+least, on something else than the positions of the sequence ("sees no positions"), or it is a router
+that returns more than a linear layer does. Experts of which one parameter holds all matrices are no
+linear layers, and PLoRA leaves them as they are.
 
 | model type | class | adapted layers | result | left out |
 |---|---|---|---|---|

@@ -141,6 +141,25 @@ def test_a_pass_that_raises_settles_nothing(inputs, span):
     assert not any(layer._forward_pre_hooks for layer in model.modules() if layer is not model)
 
 
+def test_a_layer_that_stops_seeing_the_sequence_later_says_so(inputs, span):
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, inputs_embeds, pooled=False):
+            x = self.first(inputs_embeds)
+            return self.second(x[:, 0] if pooled else x)
+
+    model = apply_plora(Sometimes(), PLoRAConfig(r=2))
+    with plora_mask(span(5, (1, 3), (2, 5))):
+        model(inputs_embeds=inputs)
+        with pytest.warns(UserWarning, match="this layer does not see the sequence"):
+            model(inputs_embeds=inputs, pooled=True)
+        model(inputs_embeds=inputs, pooled=True)  # once: a second warning would be an error
+    assert set(unadapted_layers(model)) == {"second"}
+
+
 def test_a_decoder_none_of_whose_layers_fits_raises(span):
     class TimeFirst(nn.Sequential):
         def forward(self, inputs_embeds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class PLoRALinear(nn.Module):
         # A layer that was named has to fit; one of "all-linear" may turn out not to
         self.may_be_left_out = config.target_modules == ALL_LINEAR
         self.left_out: str | None = None
-        self.told = False
+        self.settled = False  # whether what the first pass found has been told
         device = next(base_layer.parameters()).device
         # Plain parameters: initialisers that go by module type would overwrite B's zeros
         self.lora_A = nn.Parameter(
@@ -157,4 +158,6 @@ class PLoRALinear(nn.Module):
         )
         if not self.may_be_left_out:
             raise ValueError(reason)
+        if self.settled and self.left_out is None:
+            warnings.warn(f"plora: a layer is not adapted; {reason}", stacklevel=2)
         self.left_out = reason

@@ -44,7 +44,7 @@ class FirstPass:
 
 
 def tell(decoder: nn.Module) -> None:
-    """Warn once of each layer that is left out, and raise if that are all.
+    """Warn of the layers that the first pass left out, and raise if that are all.
 
     Raises:
         ValueError: No adapted layer saw the positions of the pass, so that the mask had no effect.
@@ -59,14 +59,14 @@ def tell(decoder: nn.Module) -> None:
             f"{type(decoder).__name__}: none of its {len(layers)} adapted layers sees the "
             f"positions of the decoder pass, so the mask has no effect; {path!r}: {reason}"
         )
-    new = [path for path in reasons if not layers[path].told]
-    for path in new:
-        layers[path].told = True
-    if new:
+    for layer in layers.values():
+        layer.settled = True
+    if reasons:
+        path, reason = next(iter(reasons.items()))
         warnings.warn(
-            f"plora: {len(reasons)} of {len(layers)} layers are not adapted, such as {new[0]!r}: "
-            f"{reasons[new[0]]}. plora.unadapted_layers(model) lists them; exclude_modules spares "
-            "their A and B",
+            f"plora: {len(reasons)} of {len(layers)} layers are not adapted, such as {path!r}: "
+            f"{reason}. plora.unadapted_layers(model) lists them; exclude_modules spares their A "
+            "and B",
             stacklevel=2,
         )
 
