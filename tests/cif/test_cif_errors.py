@@ -36,6 +36,12 @@ def test_function(change, error, message):
         cif(**{"hidden_states": HIDDEN, "alphas": ALPHAS} | change)
 
 
+def test_more_tokens_than_fit_on_the_axis():
+    with pytest.raises(ValueError, match=r"fewer than 8388608 tokens .* got 8388608; split"):
+        cif(HIDDEN[..., :0], ALPHAS, max_tokens=1 << 22)
+    assert cif(HIDDEN[..., :0], ALPHAS, max_tokens=(1 << 22) - 1).lengths.tolist()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

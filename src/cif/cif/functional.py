@@ -15,6 +15,7 @@ from cif.alignment import Alignment, build_alignment, longest, tail_factors
 from cif.backends import Backend, resolve, triton_align
 from cif.backends.dispatch import integrate
 from cif.prefix import Tail
+from cif.spans import check_axis
 from cif.validation import check_alphas, check_hidden_states, check_options
 
 
@@ -170,6 +171,7 @@ def _cif_triton(
         num_tokens = longest(target_lengths)
     else:
         num_tokens = longest(decide(num_tokens=0).counts)
+    check_axis(alphas.shape[0] * num_tokens)
     aligned = decide(num_tokens=num_tokens)
     factors = None
     if target_lengths is None and tail == "threshold":

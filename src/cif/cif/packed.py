@@ -16,7 +16,7 @@ from cif.backends import Backend, resolve
 from cif.backends.dispatch import integrate
 from cif.prefix import FRACTION_BITS, ONE, Tail, moment, row_totals
 from cif.rows import Rows, build_rows
-from cif.spans import Spans
+from cif.spans import Spans, check_axis
 from cif.validation import check_options, check_packed
 
 
@@ -194,6 +194,7 @@ def _spans(rows: Rows, place: _Place, cu_tokens: Tensor, num_tokens: int) -> tup
     levels = place.pack(rows.levels.new_zeros(base.shape), rows.levels)
     limits = (cu_tokens[:-1] + fired).clamp(max=num_tokens)
     row = _owner(cu_tokens, torch.arange(num_tokens, device=cu_tokens.device))
+    check_axis(num_tokens)
     spans = Spans(
         starts=starts.clamp(max=num_tokens * ONE),
         ends=ends.clamp(max=num_tokens * ONE),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cif.prefix import FRACTION_BITS, ONE
+from cif.prefix import FRACTION_BITS, MAX_TOTAL, ONE
 
 
 class Spans(NamedTuple):
@@ -63,6 +63,7 @@ def lay_out(
         frame_mask: (B, T) bool, False at masked frames.
     """
     batch, frames = starts.shape
+    check_axis(batch * num_tokens)
     base = torch.arange(batch, device=starts.device)[:, None] * num_tokens
     return Spans(
         starts=(starts + (base << FRACTION_BITS)).flatten(),
@@ -72,6 +73,16 @@ def lay_out(
         units=units[:, None].expand(batch, num_tokens).flatten(),
         levels=levels.flatten(1),
     )
+
+
+def check_axis(tokens: int) -> None:
+    """Raise ValueError where a batch has more tokens than fit on the axis: 2**23 of 2**40 steps."""
+    # A size that is traced is no int, and comparing it would narrow what is traced.
+    if isinstance(tokens, int) and tokens > 2 * MAX_TOTAL - 1:
+        raise ValueError(
+            f"hidden_states: expected fewer than {2 * MAX_TOTAL} tokens in a batch, rows times "
+            f"max_tokens, got {tokens}; split the batch or lower max_tokens"
+        )
 
 
 class Intervals(NamedTuple):

@@ -1,4 +1,4 @@
-"""Launching the Triton kernels: outputs, grids and sizes of tiles.
+"""Launching the Triton kernels: outputs and grids.
 
 Shapes: B batch, T frames, N tokens, D width, F frames of the batch, M tokens of the batch.
 """
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cif.backends.triton_tiles import backward_tile, forward_tile
 from cif.prefix import MAX_TOTAL, ONE, Tail, tail_bias
 
 # Frames and tokens of a row that the scans take at a time.
@@ -192,10 +193,10 @@ def launch_integrate(
     if tokens == 0 or width == 0:
         return out
     hidden_states = _with_rows(hidden_states)
-    blocks = _forward_blocks(width, hidden_states.dtype)
+    tile = forward_tile(width, hidden_states.dtype)
     kernels = _kernels()
     with _device_of(hidden_states):
-        kernels.integrate_kernel[(tokens, -(-width // blocks["BLOCK_WIDTH"]))](
+        kernels.integrate_kernel[(tokens, -(-width // tile["BLOCK_WIDTH"]))](
             hidden_states,
             hidden_states.stride(0),
             starts,
@@ -204,7 +205,7 @@ def launch_integrate(
             out,
             frames,
             WIDTH=width,
-            **blocks,
+            **tile,
         )
     return out
 
@@ -230,10 +231,10 @@ def launch_integrate_backward(
     if width == 0 or frames == 0:
         return d_hidden, d_levels.zero_()
     grad, hidden_states = _with_rows(grad), _with_rows(hidden_states)
-    blocks = _backward_blocks(width, hidden_states.dtype)
+    tile = backward_tile(width, hidden_states.dtype)
     kernels = _kernels()
     with _device_of(hidden_states):
-        kernels.integrate_backward_kernel[(-(-frames // blocks["BLOCK_FRAMES"]),)](
+        kernels.integrate_backward_kernel[(-(-frames // tile["BLOCK_FRAMES"]),)](
             grad,
             grad.stride(0),
             hidden_states,
@@ -248,7 +249,7 @@ def launch_integrate_backward(
             frames,
             WIDTH=width,
             HAS_MASK=readable is not None,
-            **blocks,
+            **tile,
         )
     return d_hidden, d_levels
 
@@ -266,15 +267,3 @@ def _with_rows(values: Tensor) -> Tensor:
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Launch where the tensor lies, which need not be the current GPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _forward_blocks(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sizes of the forward kernel's tile; fixed, so that the first call costs no search."""
-    columns = min(1 << (width - 1).bit_length(), 1024 // dtype.itemsize)
-    return {"BLOCK_FRAMES": 8, "BLOCK_WIDTH": columns, "num_warps": 4 if columns >= 256 else 2}
-
-
-def _backward_blocks(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sizes of the backward kernel's tile."""
-    columns = min(1 << (width - 1).bit_length(), 1024 // dtype.itemsize)
-    return {"BLOCK_FRAMES": 8, "BLOCK_WIDTH": columns, "num_warps": 4 if columns >= 256 else 2}
