@@ -81,7 +81,7 @@ def test_a_and_b_stay_float32_and_are_cast_to_the_input():
     with plora_mask(mask):
         out = model(inputs_embeds=x)
     a, b = layer.lora_A.bfloat16(), layer.lora_B.bfloat16()
-    expected = layer.base_layer(x) + (x @ a.T @ b.T) * layer.scaling
+    expected = layer.base_layer(x) + (x @ a.T @ b.T) * layer.updates["default"].scaling
     # bfloat16 sums in an order of its own: three roundings of values up to about 100
     torch.testing.assert_close(out, expected, rtol=0.02, atol=0.5)
     out.float().sum().backward()
@@ -119,7 +119,7 @@ def test_dropout_acts_on_masked_rows_while_training_only():
     layer = model.layers[0]
     with torch.no_grad():  # B A counts the features that are left, at scale 1 / (1 - 0.5)
         layer.lora_A.fill_(1.0)
-        layer.lora_B.fill_(1 / 3 / layer.scaling)
+        layer.lora_B.fill_(1 / 3 / layer.updates["default"].scaling)
     x = torch.ones(1, 4, 200)
     mask = torch.tensor([[True, True, False, False]])
     base = layer.base_layer(x)
@@ -155,7 +155,7 @@ def test_initialisation_is_lora_s():
     layer = PLoRALinear(nn.Linear(64, 32), PLoRAConfig(r=8, lora_alpha=4))
     assert layer.lora_A.shape == (8, 64)
     assert layer.lora_B.shape == (32, 8)
-    assert layer.scaling == 0.5
+    assert layer.updates["default"].scaling == 0.5
     assert not layer.lora_B.any()
     bound = 1 / 64**0.5  # Kaiming uniform, a = sqrt(5), fan in 64
     assert 0.9 * bound < layer.lora_A.abs().max() <= bound

@@ -105,7 +105,9 @@ def test_all_linear_leaves_them_out_once_and_says_so(inputs, span):
     assert grads == {"plain.lora_A", "plain.lora_B"}
     # only what sees the sequence was adapted
     with torch.no_grad():
-        base.plain.weight += model.plain.scaling * model.plain.lora_B @ model.plain.lora_A
+        base.plain.weight += (
+            model.plain.updates["default"].scaling * model.plain.lora_B @ model.plain.lora_A
+        )
         masked = span(5, (0, 5), (0, 5))
         with plora_mask(masked):
             everywhere = model(inputs_embeds=inputs)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plora import plora_disabled, plora_mask
-from plora.mask import active_rows, current_activation
+from plora.activation import active_rows, current_activation
 
 
 @settings(max_examples=60, deadline=None)

@@ -29,7 +29,8 @@ def adapted_paths(model: nn.Module) -> list[str]:
         ({"target_modules": [""]}, ValueError, "empty name"),
         ({"target_modules": [3]}, TypeError, "got 3"),
         ({"target_modules": 3}, TypeError, "list of names"),
-        ({"exclude_modules": "q_proj"}, TypeError, "list of names"),
+        ({"exclude_modules": "q_proj"}, ValueError, r"such as \['q_proj'\]"),
+        ({"exclude_modules": 3}, TypeError, "list of names"),
     ],
 )
 def test_a_bad_field_raises(fields, error, message):

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from plora.config import PLoRAConfig
+from plora.bases import is_conv1d
+from plora.config import DEFAULT, PLoRAConfig
 from plora.decoder import find_scope
-from plora.layer import is_conv1d
 from plora.swap import Model, apply_plora, plora_layers, remove_plora, require_scope
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -92,10 +92,10 @@ def save_plora(model: nn.Module, directory: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = {name: value.cpu().contiguous() for name, value in plora_state_dict(model).items()}
     save_file(state_dict, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    _write_json(folder / PEFT_CONFIG_FILE, _peft_config(model, scope.config))
-    _write_json(folder / PLORA_CONFIG_FILE, {"format": _FORMAT, **scope.config.to_dict()})
+    _write_json(folder / PEFT_CONFIG_FILE, _peft_config(model, scope.configs[DEFAULT]))
+    _write_json(folder / PLORA_CONFIG_FILE, {"format": _FORMAT, **scope.configs[DEFAULT].to_dict()})
     if not (folder / CARD_FILE).exists():
-        (folder / CARD_FILE).write_text(_card(model, scope.config), encoding="utf-8")
+        (folder / CARD_FILE).write_text(_card(model, scope.configs[DEFAULT]), encoding="utf-8")
 
 
 def load_plora(model: Model, directory: str | Path) -> Model:
@@ -127,7 +127,7 @@ def load_plora(model: Model, directory: str | Path) -> Model:
     found = find_scope(model)
     if found is None:
         return _apply_and_load(model, config, state_dict)
-    present = found[1].config
+    present = found[1].configs[DEFAULT]
     if (present.r, present.scaling) != (config.r, config.scaling):
         raise ValueError(
             f"model: expected PLoRA with r={config.r} and lora_alpha={config.lora_alpha:g} as in "

@@ -8,22 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from plora.activation import close_pass, current_activation, open_pass, set_activation
+from plora.bases import linear_features
+from plora.calls import ARGUMENT
 from plora.config import PLoRAConfig
-from plora.layer import PLoRALinear, linear_features
-from plora.mask import (
-    Activation,
-    active_rows,
-    ambient_mask,
-    close_pass,
-    current_activation,
-    disabled_modules,
-    is_disabled,
-    open_pass,
-    set_activation,
-)
-from plora.past import count_pass, past_length
+from plora.layer import PLoRALinear
+from plora.mask import disabled_modules, marked
+from plora.passes import activation_of, named_arguments
+from plora.past import count_pass
 from plora.recompute import carry_activations, restore_checkpoints
 from plora.report import FirstPass, is_compiling, tell
 
@@ -65,15 +59,18 @@ class DecoderScope:
     It holds no reference to the decoder, so that a copied or pickled model carries a working copy.
 
     Args:
-        config: What was applied.
+        configs: What was applied, by modality.
         trainable: Names of the model's parameters that required gradients before PLoRA was applied.
         left_out: Path -> why, of the linear layers inside the decoder that are not wrapped.
     """
 
     def __init__(
-        self, config: PLoRAConfig, trainable: frozenset[str], left_out: Mapping[str, str]
+        self,
+        configs: Mapping[str, PLoRAConfig],
+        trainable: frozenset[str],
+        left_out: Mapping[str, str],
     ) -> None:
-        self.config = config
+        self.configs = dict(configs)
         self.trainable = trainable
         self.left_out = dict(left_out)
         self._settled = False
@@ -96,15 +93,22 @@ class DecoderScope:
         restore_checkpoints(decoder)
         delattr(decoder, _SCOPE)
 
-    def _enter(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Opened before anything can raise, because `_leave` runs in that case too
         open_pass(decoder)
-        activation = _activation(decoder, _named_arguments(decoder, args, kwargs))
+        kwargs = dict(kwargs)
+        mask = kwargs.pop(ARGUMENT, None)
+        given = None if mask is None else marked(mask)
+        named = named_arguments(decoder, args, kwargs)
+        activation = activation_of(decoder, named, self.configs.keys(), given)
         set_activation(activation)
         if decoder.training and torch.is_grad_enabled():
             carry_activations(decoder)
-        if activation.rows is not None and not self._settled and not is_compiling():
+        if activation.rows and not self._settled and not is_compiling():
             self._first_pass = FirstPass(decoder)
+        return args, kwargs
 
     def _leave(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -117,7 +121,7 @@ class DecoderScope:
                 first_pass.stop()
             return
         if not is_compiling():
-            count_pass(_named_arguments(decoder, args, kwargs), output, activation.length)
+            count_pass(named_arguments(decoder, args, kwargs), output, activation.length)
         if first_pass is not None:
             first_pass.finish(decoder)
             self._settled = True
@@ -158,52 +162,3 @@ def plora_disabled(model: nn.Module) -> Iterator[None]:
         )
     with disabled_modules(frozenset(map(id, modules))):
         yield
-
-
-def _activation(decoder: nn.Module, named: Mapping[str, Any]) -> Activation:
-    batch, length, device = _positions(decoder, named)
-    off = Activation(None, batch, length)
-    if is_disabled(decoder):
-        return off
-    mask = ambient_mask()
-    if mask is None:
-        if decoder.training:
-            raise ValueError(
-                "plora_mask: expected a mask around a forward pass in training mode, got none, so "
-                "A and B would learn nothing; write `with plora_mask(mask):` around the call, or "
-                "`with plora_disabled(model):` for the plain base model"
-            )
-        return off
-    learning = torch.is_grad_enabled()
-    past = past_length(named)
-    rows = None
-    if past < mask.shape[1] or (decoder.training and learning):
-        rows = active_rows(mask, batch=batch, length=length, past=past, device=device)
-        # Without gradients nobody needs the zero rows that keep data-parallel replicas in step
-        if rows.numel() == 0 and not learning:
-            rows = None
-    cached = None if named.get("past_key_values") is None else mask
-    return Activation(rows, batch, length, cached, past, learning)
-
-
-def _named_arguments(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    if not args:
-        return kwargs
-    bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    return {**kwargs, **bound}
-
-
-def _positions(decoder: nn.Module, named: Mapping[str, Any]) -> tuple[int, int, torch.device]:
-    for name in ("input_ids", "inputs_embeds"):
-        value = named.get(name)
-        if isinstance(value, Tensor):
-            return value.shape[0], value.shape[1], value.device
-    for value in named.values():
-        if isinstance(value, Tensor) and value.ndim >= 2:
-            return value.shape[0], value.shape[1], value.device
-    raise ValueError(
-        f"{type(decoder).__name__}: expected input_ids (batch, T) or inputs_embeds (batch, T, D), "
-        f"got {sorted(named)}"
-    )

@@ -4,80 +4,80 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from plora.config import ALL_LINEAR, PLoRAConfig
+from plora.activation import current_activation
+from plora.bases import dense_weight, device_of, linear_features
+from plora.config import ALL_LINEAR, DEFAULT, PLoRAConfig
+from plora.dora import add_dora, weight_norm
 from plora.gather import add_low_rank
-from plora.mask import current_activation, is_disabled
+from plora.mask import is_disabled
 
 
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """(input, output) features of a module that `PLoRALinear` can wrap, or None for any other.
+@dataclass(frozen=True)
+class Update:
+    """The constants of one modality's update: its rank, scale and dropout, and whether by DoRA."""
 
-    Those are `torch.nn.Linear` with its subclasses, and the transposed ``Conv1D`` of GPT-2, which
-    is known by its name and its ``(nx, nf)`` weight because this package does not import
-    transformers.
-    """
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    weight = getattr(module, "weight", None)
-    if is_conv1d(module) and isinstance(weight, Tensor) and weight.ndim == 2:
-        return weight.shape[0], weight.shape[1]
-    return None
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is GPT-2's transposed linear layer."""
-    return hasattr(module, "nf") and any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+    r: int
+    scaling: float
+    dropout: float
+    use_dora: bool
 
 
 class PLoRALinear(nn.Module):
-    """A linear layer, untouched, plus ``(lora_alpha / r) B A dropout(x)`` on active positions.
+    """A linear layer, untouched, plus ``scaling * B A dropout(x)`` on active positions.
 
     The layer is wrapped, not replaced: its own forward pass computes the base part, whatever it is
     made of. Where no position is active its result is returned as it is.
 
     A is (r, K), drawn as in PEFT (uniform, Kaiming with a = sqrt(5)); B is (N, r) and starts at
-    zero. Both are float32 unless told otherwise, on the base layer's device.
+    zero; with DoRA there is a magnitude (N,), at first the lengths of the weight's rows. They are
+    the parameters ``lora_A``, ``lora_B`` and ``lora_magnitude_vector``; of several modalities,
+    `torch.nn.ParameterDict` of these names. All are float32 unless told otherwise, on the base
+    layer's device.
 
     Args:
-        base_layer: `torch.nn.Linear` or GPT-2's ``Conv1D``.
-        config: Rank, scale and dropout.
-        dtype: Of A and B.
+        base_layer: `torch.nn.Linear`, GPT-2's ``Conv1D``, or another layer with ``in_features`` and
+            ``out_features``, such as a quantised one.
+        config: Rank, scale and dropout; or one configuration for each modality that adapts this
+            layer, by name.
+        dtype: Of A, B and the magnitude.
 
     Raises:
-        TypeError: `base_layer` is not a linear layer.
+        TypeError: `base_layer` is not a linear layer, or DoRA is asked for and its weight is no
+            plain floating matrix.
     """
 
     def __init__(
-        self, base_layer: nn.Module, config: PLoRAConfig, *, dtype: torch.dtype = torch.float32
+        self,
+        base_layer: nn.Module,
+        config: PLoRAConfig | Mapping[str, PLoRAConfig],
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         shape = linear_features(base_layer)
         if shape is None:
             raise TypeError(
-                "base_layer: expected torch.nn.Linear or Conv1D, got "
-                f"{type(base_layer).__name__}; leave it out of target_modules"
+                "base_layer: expected torch.nn.Linear, Conv1D or a layer with in_features and "
+                f"out_features, got {type(base_layer).__name__}; leave it out of target_modules"
             )
         self.in_features, self.out_features = shape
-        self.scaling = config.scaling
-        self.dropout = config.lora_dropout
         self.base_layer = base_layer
+        configs = {DEFAULT: config} if isinstance(config, PLoRAConfig) else dict(config)
+        self.updates = {
+            name: Update(one.r, one.scaling, one.lora_dropout, one.use_dora)
+            for name, one in configs.items()
+        }
         # A layer that was named has to fit; one of "all-linear" may turn out not to
-        self.may_be_left_out = config.target_modules == ALL_LINEAR
+        self.may_be_left_out = all(one.target_modules == ALL_LINEAR for one in configs.values())
         self.left_out: str | None = None
         self.settled = False  # whether what the first pass found has been told
-        device = next(base_layer.parameters()).device
-        # Plain parameters: initialisers that go by module type would overwrite B's zeros
-        self.lora_A = nn.Parameter(
-            torch.empty(config.r, self.in_features, device=device, dtype=dtype)
-        )
-        self.lora_B = nn.Parameter(
-            torch.zeros(self.out_features, config.r, device=device, dtype=dtype)
-        )
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self._create(dtype, named=configs.keys() != {DEFAULT})
         self.train(base_layer.training)
 
     @property
@@ -91,6 +91,17 @@ class PLoRALinear(nn.Module):
         """The base layer's bias."""
         bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]  # Module | Tensor
         return bias
+
+    def trained(self, modality: str = DEFAULT) -> dict[str, nn.Parameter]:
+        """The parameters of one modality by their PEFT name: ``lora_A``, ``lora_B`` and so on."""
+        names = ["lora_A", "lora_B"]
+        if self.updates[modality].use_dora:
+            names.append("lora_magnitude_vector")
+        found = {name: getattr(self, name) for name in names}
+        return {
+            name: value if isinstance(value, nn.Parameter) else value[modality]
+            for name, value in found.items()
+        }
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The base layer's output, updated on the positions active in this decoder pass.
@@ -111,28 +122,81 @@ class PLoRALinear(nn.Module):
         if activation is None:
             self._check_bare_call()
             return output
-        seen, rows = activation.find(hidden_states)
-        if not seen or (rows is not None and not self._is_linear(hidden_states, output)):
+        seen, chosen = activation.find(hidden_states)
+        if not seen or (chosen and not self._is_linear(hidden_states, output)):
             self._leave_out(hidden_states, activation.batch, activation.length)
             return output
-        if rows is None:
-            return output
-        return add_low_rank(
-            output,
-            hidden_states,
-            rows.to(hidden_states.device),  # elsewhere if the decoder is spread out
-            self.lora_A,
-            self.lora_B,
-            scaling=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        for name, rows in chosen.items():
+            if name in self.updates:
+                # the rows are elsewhere if the decoder is spread out
+                output = self._add(name, output, hidden_states, rows.to(hidden_states.device))
+        return output
 
     def extra_repr(self) -> str:
         """Shapes and scale, for printing."""
-        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+        return "; ".join(
+            ("" if name == DEFAULT else f"{name}: ")
+            + f"r={one.r}, scaling={one.scaling:g}, dropout={one.dropout:g}"
+            + (", DoRA" if one.use_dora else "")
+            for name, one in self.updates.items()
+        )
+
+    def _create(self, dtype: torch.dtype, *, named: bool) -> None:
+        """Make A and B, and the magnitudes."""
+        device = device_of(self.base_layer)
+        made: dict[str, dict[str, nn.Parameter]] = {"lora_A": {}, "lora_B": {}}
+        for name, one in self.updates.items():
+            # Plain parameters: initialisers that go by module type would overwrite B's zeros
+            a = nn.Parameter(torch.empty(one.r, self.in_features, device=device, dtype=dtype))
+            b = nn.Parameter(torch.zeros(self.out_features, one.r, device=device, dtype=dtype))
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            made["lora_A"][name], made["lora_B"][name] = a, b
+            if one.use_dora:
+                with torch.no_grad():
+                    norm = weight_norm(self._dense_weight(), a, b, scaling=one.scaling)
+                magnitude = nn.Parameter(norm.to(dtype))
+                made.setdefault("lora_magnitude_vector", {})[name] = magnitude
+        for name, values in made.items():
+            setattr(self, name, nn.ParameterDict(values) if named else values[DEFAULT])
+
+    def _add(self, modality: str, output: Tensor, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        """`output` with the update of one modality on `rows`."""
+        if rows.dtype == torch.bool:  # torch.compile traces: all rows, then a choice among them
+            every = torch.arange(rows.numel(), device=rows.device)
+            updated = self._add(modality, output, hidden_states, every)
+            return torch.where(rows.view(*output.shape[:-1], 1), updated, output)
+        update, parameters = self.updates[modality], self.trained(modality)
+        a, b, dropout = parameters["lora_A"], parameters["lora_B"], update.dropout
+        dropout = dropout if self.training else 0.0
+        if update.use_dora:
+            return add_dora(
+                output,
+                hidden_states,
+                rows,
+                a,
+                b,
+                parameters["lora_magnitude_vector"],
+                self._dense_weight(),
+                self.bias,
+                scaling=update.scaling,
+                dropout=dropout,
+            )
+        return add_low_rank(
+            output, hidden_states, rows, a, b, scaling=update.scaling, dropout=dropout
+        )
+
+    def _dense_weight(self) -> Tensor:
+        weight = dense_weight(self.base_layer)
+        if weight is None:
+            raise TypeError(
+                "use_dora: expected base layers with a plain floating weight, whose lengths DoRA "
+                f"trains, got a {type(self.base_layer).__name__}, quantised or without a weight; "
+                "use plain LoRA there (use_dora=False)"
+            )
+        return weight
 
     def _check_bare_call(self) -> None:
-        learning = torch.is_grad_enabled() and self.lora_A.requires_grad
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._parts())
         if (self.training or learning) and not is_disabled(self):
             raise ValueError(
                 "PLoRALinear: expected to run inside a forward pass of the decoder it belongs to, "
@@ -141,6 +205,9 @@ class PLoRALinear(nn.Module):
                 "own gradient checkpointing (transformers) instead. For the plain base layer, use "
                 "plora_disabled(model)"
             )
+
+    def _parts(self) -> list[nn.Parameter]:
+        return [part for name in self.updates for part in self.trained(name).values()]
 
     def _is_linear(self, hidden_states: Tensor, output: object) -> bool:
         """Whether the base layer did what its kind promises; routers derived from it do not."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plora.mask import Activation, current_activation, restored
+from plora.activation import Activation, current_activation, restored
 
 _ATTRIBUTE = "_gradient_checkpointing_func"
 
@@ -41,7 +41,7 @@ class CarryingCheckpoint:
         activation = current_activation()
         if activation is None:
             return self.checkpoint(function, *args, **kwargs)
-        if activation.rows is not None:
+        if activation.rows:
             args = _with_gradient(args)
         return self.checkpoint(_Bound(function, activation), *args, **kwargs)
 

@@ -7,14 +7,17 @@ from typing import TypeVar
 
 from torch import nn
 
-from plora.config import ALL_LINEAR, PLoRAConfig, matches
+from plora.bases import linear_features
+from plora.calls import give_methods_back, take_masks
+from plora.config import ALL_LINEAR, DEFAULT, PLoRAConfig
 from plora.decoder import DecoderScope, find_decoder, find_head, find_scope
-from plora.layer import PLoRALinear, linear_features
+from plora.layer import PLoRALinear
+from plora.names import in_layers, matches
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply_plora(model: Model, config: PLoRAConfig) -> Model:
+def apply_plora(model: Model, config: PLoRAConfig | Mapping[str, PLoRAConfig]) -> Model:
     """Wrap the linear layers of `model`'s decoder in `PLoRALinear`, in place.
 
     The decoder is ``model.get_decoder()`` where the model has that method, else the model itself;
@@ -26,32 +29,48 @@ def apply_plora(model: Model, config: PLoRAConfig) -> Model:
     the model computes what it did before until it is trained.
 
     In training mode a forward pass needs `plora_mask` or `plora_disabled` around it; in evaluation
-    mode a pass without either is the base model's.
+    mode a pass without either is the base model's. ``model(...)``, its decoder and
+    ``model.generate(...)`` also take the mask as an argument, ``plora_mask=mask``.
+
+    Several modalities have A and B of their own each, on positions of their own: give one
+    configuration for each by name, and masks by the same names.
 
     Args:
         model: Any model; with transformers' models, also generation and its caches are covered.
-        config: What to adapt.
+        config: What to adapt; or modality -> what to adapt for it.
 
     Returns:
         `model` itself.
 
     Raises:
         ValueError: The model has PLoRA or another adapter already, no layer fits the configuration,
-            or a layer to wrap is shared between two places.
-        TypeError: A name in `target_modules` belongs to something that is not a linear layer.
+            a layer to wrap is shared between two places, or a modality's name is no identifier.
+        TypeError: A name in `target_modules` belongs to something that is not a linear layer, or
+            DoRA is asked for on a quantised one. The model is as it was then.
     """
+    configs = _by_modality(config)
     if find_scope(model) is not None:
         raise ValueError(
             f"model: {type(model).__name__} has PLoRA already; call remove_plora(model) first"
         )
     decoder = find_decoder(model)
-    left_out = _left_out(model, decoder) if config.target_modules == ALL_LINEAR else {}
-    targets = _targets(model, decoder, config, left_out)
+    broad = any(one.target_modules == ALL_LINEAR for one in configs.values())
+    left_out = _left_out(model, decoder) if broad else {}
+    targets: dict[str, nn.Module] = {}
+    wanted: dict[str, dict[str, PLoRAConfig]] = {}
+    for name, one in configs.items():
+        found = _targets(model, decoder, one, left_out)
+        targets |= found
+        for path in found:
+            wanted.setdefault(path, {})[name] = one.at(path)
+    # All are made before one is put in its place, so that an error leaves the model alone
+    wrapped = {path: PLoRALinear(base, wanted[path]) for path, base in targets.items()}
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     model.requires_grad_(False)
-    for path, base_layer in targets.items():
-        _put(model, path, PLoRALinear(base_layer, config))
-    DecoderScope(config, trainable, left_out).attach(decoder)
+    for path, layer in wrapped.items():
+        _put(model, path, layer)
+    DecoderScope(configs, trainable, left_out).attach(decoder)
+    take_masks(model)
     return model
 
 
@@ -80,6 +99,7 @@ def remove_plora(model: Model) -> Model:
     for path, layer in plora_layers(model).items():
         _put(model, path, layer.base_layer)
     scope.detach(decoder)
+    give_methods_back(model)
     for name, parameter in model.named_parameters():
         if name in scope.trainable:
             parameter.requires_grad_()
@@ -153,7 +173,7 @@ def _targets(
     model: nn.Module, decoder: nn.Module, config: PLoRAConfig, left_out: Mapping[str, str]
 ) -> dict[str, nn.Module]:
     inside = {id(module) for module in decoder.modules()}
-    names = None if isinstance(config.target_modules, str) else config.target_modules
+    names = None if config.target_modules == ALL_LINEAR else config.target_modules
     targets: dict[str, nn.Module] = {}
     used: set[str] = set()
     first_path: dict[int, str] = {}
@@ -165,10 +185,12 @@ def _targets(
                 f"model: {path!r} is wrapped by another adapter, {type(module).__name__}; "
                 "merge or unload that one first"
             )
-        name = matches(path, names) if names is not None else None
+        name = None if names is None else matches(path, names)
         is_linear = linear_features(module) is not None
-        wanted = is_linear if names is None else name is not None
-        if not wanted or path in left_out or matches(path, config.exclude_modules):
+        taken = is_linear if names is None else name is not None
+        if not taken or path in left_out or matches(path, config.exclude_modules):
+            continue
+        if not in_layers(path, config.layers_to_transform, config.layers_pattern):
             continue
         if not is_linear:
             raise TypeError(
@@ -184,7 +206,8 @@ def _targets(
         targets[path] = module
         if name is not None:
             used.add(name)
-    missing = [name for name in names or () if name not in used]
+    asked = (names,) if isinstance(names, str) else names or ()
+    missing = [name for name in asked if name not in used]
     if missing or not targets:
         what = f"{missing[0]!r} matches no layer" if missing else "no linear layer is left to adapt"
         raise ValueError(
@@ -192,6 +215,22 @@ def _targets(
             f"layers are called {_linear_names(decoder)}"
         )
     return targets
+
+
+def _by_modality(config: PLoRAConfig | Mapping[str, PLoRAConfig]) -> dict[str, PLoRAConfig]:
+    if isinstance(config, PLoRAConfig):
+        return {DEFAULT: config}
+    if not isinstance(config, Mapping) or not all(
+        isinstance(one, PLoRAConfig) for one in config.values()
+    ):
+        raise TypeError(f"config: expected a PLoRAConfig or a mapping to some, got {config!r}")
+    if not config:
+        raise ValueError("config: expected at least one modality, got an empty mapping")
+    for name in config:
+        # they become parts of parameter names and of folder names
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"config: expected identifiers as modalities' names, got {name!r}")
+    return dict(config)
 
 
 def _linear_names(decoder: nn.Module) -> list[str]:

@@ -1,0 +1,118 @@
+"""One forward pass of the decoder: from what it was called with to the rows to adapt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plora.activation import Activation, active_rows, check_batch, dense_rows
+from plora.config import DEFAULT
+from plora.mask import Marked, ambient_masks, is_disabled
+from plora.past import past_length
+from plora.report import is_compiling
+
+
+def activation_of(
+    decoder: nn.Module,
+    named: Mapping[str, Any],
+    modalities: Collection[str],
+    given: Mapping[str, Marked] | None,
+) -> Activation:
+    """What a pass of `decoder` adapts.
+
+    Args:
+        decoder: The module that is called.
+        named: The arguments of the call by name, without the mask.
+        modalities: Names of those that the model has.
+        given: The masks that came with the call; None for those of the block around it.
+
+    Raises:
+        ValueError: No mask reaches a pass in training mode, or one for a modality that the model
+            does not have, or for another batch.
+    """
+    batch, length, device = _positions(decoder, named)
+    off = Activation({}, batch, length)
+    if is_disabled(decoder):
+        return off
+    marked = ambient_masks() if given is None else given
+    if marked is None:
+        if decoder.training:
+            raise ValueError(
+                "plora_mask: expected a mask around a forward pass in training mode, got none, so "
+                "A and B would learn nothing; write `with plora_mask(mask):` around the call, or "
+                "give the call plora_mask=mask, or write `with plora_disabled(model):` for the "
+                "plain base model"
+            )
+        return off
+    marked = _by_modality(marked, modalities)
+    learning = torch.is_grad_enabled()
+    past = past_length(named)
+    rows = {}
+    for name in modalities:
+        one = marked.get(name)
+        if one is not None and past < one.mask.shape[1]:
+            found = _rows(one, batch, length, past, device)
+        elif decoder.training and learning:
+            if one is not None:
+                check_batch(one.mask, batch)
+            found = torch.zeros(0, dtype=torch.int64, device=device)
+        else:
+            continue
+        # Without gradients nobody needs the zero rows that keep data-parallel replicas in step
+        if learning or found.numel():
+            rows[name] = found
+    cached = named.get("past_key_values") is not None
+    masks = {name: one.mask for name, one in marked.items()} if cached else {}
+    return Activation(rows, batch, length, masks, past, learning)
+
+
+def named_arguments(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The arguments of a call of `decoder` by name."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    return {**kwargs, **bound}
+
+
+def _rows(one: Marked, batch: int, length: int, past: int, device: torch.device) -> Tensor:
+    """Rows of the pass: found before it if it is of the whole sequences, else found now."""
+    if one.rows is not None and past == 0 and tuple(one.mask.shape) == (batch, length):
+        return one.rows.to(device, non_blocking=True)
+    find = dense_rows if is_compiling() else active_rows
+    return find(one.mask, batch=batch, length=length, past=past, device=device)
+
+
+def _by_modality(marked: Mapping[str, Marked], modalities: Collection[str]) -> Mapping[str, Marked]:
+    """`marked`, where a mask without a name is that of the only modality."""
+    unknown = [name for name in marked if name not in modalities]
+    if not unknown:
+        return marked
+    if unknown == [DEFAULT] and len(marked) == len(modalities) == 1:
+        (name,) = modalities
+        return {name: marked[DEFAULT]}
+    names = sorted(modalities)
+    expected = "a mask without a name" if names == [DEFAULT] else f"masks by name, of {names}"
+    got = "a mask without a name" if unknown == [DEFAULT] else f"one for {unknown[0]!r}"
+    raise ValueError(
+        f"plora_mask: expected {expected}, the modalities given to apply_plora, got {got}"
+    )
+
+
+def _positions(decoder: nn.Module, named: Mapping[str, Any]) -> tuple[int, int, torch.device]:
+    for name in ("input_ids", "inputs_embeds"):
+        value = named.get(name)
+        if isinstance(value, Tensor):
+            return value.shape[0], value.shape[1], value.device
+    for value in named.values():
+        if isinstance(value, Tensor) and value.ndim >= 2:
+            return value.shape[0], value.shape[1], value.device
+    raise ValueError(
+        f"{type(decoder).__name__}: expected input_ids (batch, T) or inputs_embeds (batch, T, D), "
+        f"got {sorted(named)}"
+    )
