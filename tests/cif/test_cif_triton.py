@@ -308,6 +308,31 @@ def test_compiles_without_graph_breaks_and_with_dynamic_shapes(device):
             torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_exports_with_dynamic_shapes(device):
+    class Inference(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cif = CIF(8, backend="triton")
+
+        def forward(self, hidden, mask):
+            out = self.cif(hidden, mask, max_tokens=9)
+            return out.hidden_states, out.lengths, out.fire_times
+
+    def inputs(rows, frames):
+        hidden = torch.randn(rows, frames, 8, device=device)
+        return hidden, torch.rand(rows, frames, device=device) > 0.2
+
+    module = Inference().to(device).eval()
+    axes = {0: torch.export.Dim("B", min=1), 1: torch.export.Dim("T", min=2)}
+    program = torch.export.export(
+        module, inputs(3, 17), dynamic_shapes={"hidden": axes, "mask": axes}
+    )
+    for shape in ((3, 17), (2, 30), (5, 4)):
+        given = inputs(*shape)
+        for mine, plain in zip(program.module()(*given), module(*given), strict=True):
+            assert torch.equal(mine, plain)
+
+
 def test_autocast_changes_nothing(device):
     hidden, alphas, mask = batch(device)
     plain = cif(hidden, alphas, attention_mask=mask, backend="triton")
