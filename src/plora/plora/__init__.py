@@ -13,6 +13,7 @@ from plora.config import PLoRAConfig
 from plora.decoder import plora_disabled
 from plora.layer import PLoRALinear
 from plora.mask import plora_mask
+from plora.positions import mask_from_embeddings, mask_from_ids, mask_from_spans
 from plora.swap import apply_plora, remove_plora, unadapted_layers
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "apply_plora",
     "load_plora",
     "load_plora_state_dict",
+    "mask_from_embeddings",
+    "mask_from_ids",
+    "mask_from_spans",
     "plora_disabled",
     "plora_mask",
     "plora_state_dict",
