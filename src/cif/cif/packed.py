@@ -213,7 +213,7 @@ def _fire_times(rows: Rows, place: _Place, spans: Spans, row: Tensor, token: Ten
         rows: the fires; place: the frames; spans: on the axis of tokens.
         row: (M,) int64, the row of each token; token: (M,) int64, its place in the row.
     """
-    if min(place.rows.shape[0], token.shape[0]) == 0:
+    if place.rows.shape[0] == 0 or token.shape[0] == 0:
         return torch.zeros(token.shape[0], dtype=torch.float32, device=token.device)
     totals = row_totals(rows.prefix)[row]
     edges = torch.minimum((token + 1) << FRACTION_BITS, totals)

@@ -34,7 +34,11 @@ def fixed_point_prefix(alphas: Tensor, threshold: float) -> Tensor:
     Returns:
         (B, T) int64, round(alphas / threshold * 2**40) summed along T.
     """
-    quanta = (alphas.double() * (ONE / threshold)).round_()
+    scale: float | Tensor = ONE / threshold
+    if torch.onnx.is_in_onnx_export():
+        # The exporter would round a Python number to float32.
+        scale = torch.tensor(scale, dtype=torch.float64)
+    quanta = (alphas.double() * scale).round_()
     return quanta.to(torch.int64).cumsum(dim=1)
 
 
@@ -114,11 +118,19 @@ def fire_times(prefix: Tensor, lengths: Tensor, num_tokens: int) -> Tensor:
     token = torch.arange(num_tokens, device=prefix.device)
     totals = row_totals(prefix)[:, None]
     edges = torch.minimum((token + 1) << FRACTION_BITS, totals)
-    frame = torch.searchsorted(prefix, edges)
+    frame = _first_to_reach(prefix, edges)
     after = prefix.gather(1, frame)
     before = prefix.gather(1, (frame - 1).clamp(min=0)) * (frame > 0)
     fired = (token < lengths[:, None]) & (totals > 0)
     return torch.where(fired, moment(frame, before, after, edges), 0.0).float()
+
+
+def _first_to_reach(prefix: Tensor, edges: Tensor) -> Tensor:
+    """Find the first frame whose prefix, (B, T), is at least each edge, (B, N): (B, N) int64."""
+    if torch.onnx.is_in_onnx_export():
+        # ONNX has no binary search.
+        return (prefix[:, None, :] < edges[:, :, None]).sum(dim=-1)
+    return torch.searchsorted(prefix, edges)
 
 
 def moment(frame: Tensor, before: Tensor, after: Tensor, edges: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ def _gradients(
 
 
 def _is_empty(hidden_states: Tensor, units: Tensor) -> bool:
-    return bool(min(*hidden_states.shape, units.shape[0]) == 0)
+    # No comparison of one size with another, which tracing would take for a condition on both.
+    return hidden_states.numel() == 0 or units.shape[0] == 0
 
 
 def _columns(hidden_states: Tensor, dtype: torch.dtype) -> list[slice]:
