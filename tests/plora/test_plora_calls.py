@@ -1,4 +1,4 @@
-"""The mask as an argument of the model, its decoder and generate; transformers' Trainer keeps it."""
+"""The mask as an argument of the model, its decoder and generate, and in the Trainer's columns."""
 
 from __future__ import annotations
 

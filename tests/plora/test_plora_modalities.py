@@ -142,7 +142,7 @@ def test_masks_that_do_not_fit_raise(two, llama, randomised, span):
         two(input_ids=ids, plora_mask=mask)
     with pytest.raises(ValueError, match="got one for 'speech'"):
         two(input_ids=ids, plora_mask={"speech": mask})
-    with pytest.raises(ValueError, match="expected a mask without a name, .* one for 'audio'"):
+    with pytest.raises(ValueError, match=r"expected a mask without a name, .* one for 'audio'"):
         randomised(llama)(input_ids=ids, plora_mask={"audio": mask})
     with pytest.raises(ValueError, match=r"position 1 of sequence 0 is in .*'audio', 'vision'"):
         two(input_ids=ids, plora_mask={"audio": mask, "vision": span(4, (0, 2))})

@@ -51,8 +51,8 @@ def test_embeddings_are_compared_in_all_features():
     ("call", "message"),
     [
         (lambda: mask_from_ids(torch.ones(3), 1), r"input_ids\[None\]"),
-        (lambda: mask_from_spans([(0, 1, 2)], length=4), "batch: expected the number"),
-        (lambda: mask_from_spans([], length=4), "batch: expected the number"),
+        (lambda: mask_from_spans([(0, 1, 2)], length=4), "batch: expected their number"),
+        (lambda: mask_from_spans([], length=4), "batch: expected their number"),
         (lambda: mask_from_spans([[(0, 1)]], length=4, batch=2), "batch: expected 1"),
         (lambda: mask_from_spans([[(0, 5)]], length=4), r"got \(0, 5\) in sequence 0"),
         (lambda: mask_from_spans([(2, 0, 1)], length=4, batch=2), "in sequence 2"),

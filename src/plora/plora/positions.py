@@ -6,6 +6,7 @@ Letters of shapes: B sequences, L positions, D width of the embeddings.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,12 +56,10 @@ def mask_from_spans(
         ValueError: `batch` is missing or another than the number of lists, or a span does not lie
             inside.
     """
-    listed = spans.tolist() if isinstance(spans, Tensor) else [list(span) for span in spans]
-    if all(len(span) == 3 and all(isinstance(value, int) for value in span) for span in listed):
+    listed: list[Any] = spans.tolist() if isinstance(spans, Tensor) else list(spans)
+    if all(len(one) == 3 and isinstance(one[0], int) for one in listed):
         if batch is None:
-            raise ValueError(
-                "batch: expected the number of sequences beside (sequence, start, end)"
-            )
+            raise ValueError("batch: expected their number beside spans of (sequence, start, end)")
         triples = [(row, start, end) for row, start, end in listed]
     else:
         if batch not in (None, len(listed)):
