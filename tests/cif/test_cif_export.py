@@ -82,7 +82,7 @@ def test_the_function_compiles_to_code():
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["last_channel", "conv", "mlp"])
 def test_the_layer_compiles_to_code(head):
-    # torch's own convolution is compiled for one size at a time, and its small matrix products apart
+    # torch compiles a convolution for one size, and small matrix products apart from large ones
     check_compiled(LayerStep(head), "inductor", SIZES[:1] if head == "conv" else SIZES[::2])
 
 

@@ -166,6 +166,29 @@ def test_bad_rows_keep_to_themselves(mode):
             assert torch.equal(mine.grad[frames], other.grad[frames])
 
 
+@pytest.mark.parametrize("mode", [{"tail": "threshold"}, {"targets": True}], ids=str)
+def test_the_kernels_take_packed_rows(mode):
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there, in Triton's interpreter
+    hidden, alphas, cu_seqlens = (t.to(device) for t in pack([5, 0, 12, 3], width=5))
+    targets = torch.tensor([2, 1, 5, 4], device=device) if mode.get("targets") else None
+    options = {"target_lengths": targets} if mode.get("targets") else mode
+    results = []
+    for backend in ("triton", "torch"):
+        out, leaves = run(
+            cif_packed, hidden, alphas, cu_seqlens=cu_seqlens, backend=backend, **options
+        )
+        out.hidden_states.square().sum().backward()
+        results.append((out, leaves))
+    (mine, my_leaves), (other, other_leaves) = results
+    torch.testing.assert_close(mine.hidden_states, other.hidden_states, rtol=1e-5, atol=1e-6)
+    for name in ("cu_seqlens", "lengths", "alpha_sum", "fire_times"):
+        assert torch.equal(getattr(mine, name), getattr(other, name))
+    for a, b in zip(my_leaves, other_leaves, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=3e-5)
+
+
 @pytest.mark.parametrize("lengths", [[0], [0, 0, 0]])
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("targets", [False, True])

@@ -18,11 +18,11 @@ def join(outputs, batch):
 
 
 def check(outputs, whole, *, exact=True, atol=1e-6):
-    batch = range(len(whole.lengths))
+    batch, device = range(len(whole.lengths)), whole.lengths.device
     tokens, times = join(outputs, batch)
     assert sum(o.lengths for o in outputs).tolist() == whole.lengths.tolist()
     for out in outputs:
-        position = torch.arange(out.hidden_states.shape[1])
+        position = torch.arange(out.hidden_states.shape[1], device=device)
         assert torch.equal(out.attention_mask, position < out.lengths[:, None])
         assert not out.hidden_states[~out.attention_mask].any()
         assert not out.fire_times[~out.attention_mask].any()
@@ -112,6 +112,22 @@ def test_known_values():
     assert last.fire_times.tolist() == [[3.0]]
     assert last.alpha_sum.tolist() == [3.75]
     assert state.frames.tolist() == [0]
+
+
+def test_the_kernels_stream():
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there, in Triton's interpreter
+    mask = torch.arange(24) < torch.tensor([[24], [7], [0]])
+    tensors = {
+        "hidden_states": torch.randn(3, 24, 5),
+        "alphas": torch.rand(3, 24),
+        "attention_mask": mask,
+    }
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    whole = cif(**tensors, tail="keep", backend="torch")
+    outputs, _ = feed(cif_stream, tensors, [5, 0, 12, 7], tail="keep", backend="triton")
+    check(outputs, whole, atol=3e-6)
 
 
 def test_rows_of_the_state_can_be_chosen():
