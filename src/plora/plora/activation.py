@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from plora.rows import Rows
 from plora.state import state
+from plora.taken import Taken
 
 NOWHERE: Mapping[str, Tensor] = {}
 
@@ -27,9 +29,9 @@ class Activation:
 
     Attributes:
         rows: Modality -> (R,) int64, ascending, distinct indices into the flattened (batch, T)
-            positions; a modality none of whose positions is in the pass is absent, unless
-            gradients are wanted. While torch.compile traces, (P,) bool instead where the number of
-            rows is not known beforehand.
+            positions, on the mask's device; a modality none of whose positions is in the pass is
+            absent, unless gradients are wanted. While torch.compile traces, (P,) bool instead where
+            the number of rows is not known beforehand.
         batch: Number of sequences in the pass.
         length: T, positions per sequence in the pass.
         masks: Modality -> (B, L) bool, where the pass has a cache, for layers that read what it
@@ -45,6 +47,17 @@ class Activation:
     past: int = 0
     learning: bool = False
     _in_cache: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
+    _ready: dict[tuple[int, torch.device], Rows] = field(default_factory=dict, repr=False)
+
+    def ready(self, rows: Tensor, device: torch.device) -> Rows:
+        """Rows that `find` returned, on `device`, with their runs if they came from the CPU.
+
+        All layers on one device, of which a spread out decoder has several, get the same object.
+        """
+        key = id(rows), device  # no other tensor has this id as long as the activation lives
+        if key not in self._ready:
+            self._ready[key] = Rows.of(rows, device)
+        return self._ready[key]
 
     def find(self, hidden_states: Tensor) -> tuple[bool, Mapping[str, Tensor]]:
         """Whether a layer's input holds positions of the sequence, and which rows to adapt.
@@ -66,18 +79,18 @@ class Activation:
         if lead in ((batch, length), (batch * length,), (batch, 1, length)):
             return True, self.rows
         if self.masks and len(lead) == 3 and lead[:2] == (batch, 1):
-            return True, self._rows_in_cache(lead[2], hidden_states.device)
+            return True, self._rows_in_cache(lead[2])
         # where no position of the pass is adapted, nothing is lost
         return not self.rows, NOWHERE
 
-    def _rows_in_cache(self, length: int, device: torch.device) -> dict[str, Tensor]:
+    def _rows_in_cache(self, length: int) -> dict[str, Tensor]:
         """Rows of a cache of `length`: its last positions, or, if it has room, from the first."""
         found = {}
         for name, mask in self.masks.items():
             if (name, length) not in self._in_cache:
                 start = max(0, self.past + self.length - length)
                 self._in_cache[name, length] = active_rows(
-                    mask, batch=self.batch, length=length, past=start, device=device
+                    mask, batch=self.batch, length=length, past=start, device=mask.device
                 )
             rows = self._in_cache[name, length]
             if self.learning or rows.numel():
@@ -85,19 +98,38 @@ class Activation:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class Frame:
-    """One entry of the stack of forward passes under way; `owner` is the decoder's id."""
+    """One entry of the stack of forward passes under way.
+
+    Attributes:
+        owner: The decoder's id.
+        activation: None until the mask has been looked at.
+        below: The pass around this one.
+        taken: What layers of this pass share, once one asks for it. Here and not in the
+            activation, which a checkpoint keeps until the backward pass: tensors in it would keep
+            the graph, and that the checkpoint.
+    """
 
     owner: int
     activation: Activation | None
     below: Frame | None
+    taken: Taken | None = field(default=None, repr=False)
 
 
 def current_activation() -> Activation | None:
     """The activation of the decoder pass that is running, or None outside of one."""
     frame = state().top
     return None if frame is None else frame.activation
+
+
+def current_taken() -> Taken:
+    """What the layers of the pass that is running share."""
+    frame = state().top
+    assert frame is not None, "current_taken is called within a pass"
+    if frame.taken is None:
+        frame.taken = Taken()
+    return frame.taken
 
 
 def open_pass(owner: object) -> None:

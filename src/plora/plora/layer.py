@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from plora.activation import current_activation
-from plora.bases import dense_weight, device_of, linear_features
+from plora.activation import Activation, current_activation, current_taken
+from plora.backends import Backend
+from plora.bases import dense_weight, device_of, is_untouched, linear_features
 from plora.config import ALL_LINEAR, DEFAULT, PLoRAConfig
 from plora.dora import add_dora, weight_norm
 from plora.gather import add_low_rank
 from plora.mask import is_disabled
+from plora.rows import Rows
+from plora.update import compute_dtype, expand, shrink
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class PLoRALinear(nn.Module):
         # A layer that was named has to fit; one of "all-linear" may turn out not to
         self.may_be_left_out = all(one.target_modules == ALL_LINEAR for one in configs.values())
         self.left_out: str | None = None
+        self.backend: Backend = "auto"
         self.settled = False  # whether what the first pass found has been told
         self._create(dtype, named=configs.keys() != {DEFAULT})
         self.train(base_layer.training)
@@ -117,17 +121,27 @@ class PLoRALinear(nn.Module):
                 of its decoder, in training mode or with gradients on; or it was named in
                 ``target_modules`` and its input does not have the positions of the pass.
         """
-        output: Tensor = self.base_layer(hidden_states)
         activation = current_activation()
         if activation is None:
             self._check_bare_call()
-            return output
+            return self._plain(hidden_states)
         seen, chosen = activation.find(hidden_states)
-        if not seen or (chosen and not self._is_linear(hidden_states, output)):
+        if seen and not chosen:
+            return self._plain(hidden_states)
+        # Other kinds of tensors, such as those of tensor parallelism, take plain operations only
+        cut = seen and type(hidden_states) is Tensor and not torch.compiler.is_compiling()
+        low: dict[str, tuple[Rows, Tensor]] = {}
+        before = hidden_states
+        if cut:
+            before = self._shrink(hidden_states, chosen, activation, low)
+        output = self._plain(before)
+        if not seen or not self._is_linear(hidden_states, output):
             self._leave_out(hidden_states, activation.batch, activation.length)
             return output
         for name, rows in chosen.items():
-            if name in self.updates:
+            if name in low:
+                output = self._expand(name, output, *low[name])
+            elif name in self.updates:
                 # the rows are elsewhere if the decoder is spread out
                 output = self._add(name, output, hidden_states, rows.to(hidden_states.device))
         return output
@@ -158,6 +172,47 @@ class PLoRALinear(nn.Module):
                 made.setdefault("lora_magnitude_vector", {})[name] = magnitude
         for name, values in made.items():
             setattr(self, name, nn.ParameterDict(values) if named else values[DEFAULT])
+
+    def _plain(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = self.base_layer(hidden_states)
+        return output
+
+    def _shrink(
+        self,
+        hidden_states: Tensor,
+        chosen: Mapping[str, Tensor],
+        activation: Activation,
+        low: dict[str, tuple[Rows, Tensor]],
+    ) -> Tensor:
+        """What the base layer is to be called with; fills `low`, for each modality without DoRA."""
+        before, dtype = hidden_states, compute_dtype(hidden_states)
+        for name, found in chosen.items():
+            update = self.updates.get(name)
+            if update is None or update.use_dora:
+                continue
+            rows = activation.ready(found, hidden_states.device)
+            before, h = shrink(
+                before,
+                rows,
+                self.trained(name)["lora_A"],
+                chosen=current_taken().take(hidden_states, rows, dtype),
+                dropout=update.dropout if self.training else 0.0,
+                in_place=is_untouched(self.base_layer),
+                backend=self.backend,
+            )
+            low[name] = rows, h
+        return before
+
+    def _expand(self, modality: str, output: Tensor, rows: Rows, low: Tensor) -> Tensor:
+        return expand(
+            output,
+            rows,
+            low,
+            self.trained(modality)["lora_B"],
+            scaling=self.updates[modality].scaling,
+            in_place=is_untouched(self.base_layer),
+            backend=self.backend,
+        )
 
     def _add(self, modality: str, output: Tensor, hidden_states: Tensor, rows: Tensor) -> Tensor:
         """`output` with the update of one modality on `rows`."""

@@ -82,10 +82,14 @@ def named_arguments(
 
 def _rows(one: Marked, batch: int, length: int, past: int, device: torch.device) -> Tensor:
     """Rows of the pass: found before it if it is of the whole sequences, else found now."""
-    if one.rows is not None and past == 0 and tuple(one.mask.shape) == (batch, length):
-        return one.rows.to(device, non_blocking=True)
-    find = dense_rows if is_compiling() else active_rows
-    return find(one.mask, batch=batch, length=length, past=past, device=device)
+    known = one.rows is not None and past == 0 and tuple(one.mask.shape) == (batch, length)
+    if is_compiling():
+        if known and one.rows is not None:
+            return one.rows.to(device, non_blocking=True)
+        return dense_rows(one.mask, batch=batch, length=length, past=past, device=device)
+    if known and one.rows is not None:
+        return one.rows  # the activation takes them to the layers' device
+    return active_rows(one.mask, batch=batch, length=length, past=past, device=one.mask.device)
 
 
 def _by_modality(marked: Mapping[str, Marked], modalities: Collection[str]) -> Mapping[str, Marked]:
