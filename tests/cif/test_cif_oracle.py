@@ -56,11 +56,23 @@ def test_free_lengths_match_the_oracle(oracle, batch, tail, tail_threshold, thre
     check(cif(hidden, alphas, attention_mask=mask, **options), rows, hidden)
 
 
+def edges_meet(alphas, mask, count):
+    """Whether a token ends, to rounding, where a frame does before the last one that counts."""
+    levels = (alphas.double() * mask).cumsum(0)
+    levels = levels * count / levels[-1].clamp(min=1e-9)
+    inside = (levels > 1e-9) & (levels < count - 1e-9)
+    return bool((inside & ((levels - levels.round()).abs() < 1e-9)).any())
+
+
 @settings(deadline=None, max_examples=60)
 @given(batches(), st.lists(st.integers(0, 9), min_size=3, max_size=3), st.sampled_from([1.0, 0.7]))
 def test_target_lengths_match_the_oracle(oracle, batch, targets, threshold):
     hidden, alphas, mask = batch
     targets = torch.tensor(targets[: len(hidden)])
+    if (
+        threshold == 0.7
+    ):  # alpha / threshold is rounded: the next frame with weight may end the token
+        assume(not any(map(edges_meet, alphas, mask, targets)))
     out = cif(
         hidden, alphas, attention_mask=mask.long(), target_lengths=targets, threshold=threshold
     )
