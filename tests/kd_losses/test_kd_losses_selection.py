@@ -150,3 +150,17 @@ def test_a_teacher_mask_alone_selects_for_the_whole_student():
         strict=True,
     ):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cache_of_the_teachers_selected_rows(tmp_path, dtype):
+    student, teacher = randn(2, 4, H), randn(2, 4, H, seed=1).to(dtype)
+    weight = randn(V, H, seed=2)
+    mask = torch.tensor([[T, F, T, T], [F, F, F, T]])
+    torch.save(teacher[mask], tmp_path / "cache.pt")
+    cached = torch.load(tmp_path / "cache.pt")
+    for own in (None, weight.clone()):
+        expected = linear_kl_div(student, weight, teacher.double(), own, mask=mask)
+        torch.testing.assert_close(linear_kl_div(student, weight, cached, own, mask=mask), expected)
+    with pytest.raises(ValueError, match=r"teacher_input: .*the 4 rows that mask selects, got 3"):
+        linear_kl_div(student, weight, cached[:3], mask=mask)

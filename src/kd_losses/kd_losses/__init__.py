@@ -1,7 +1,9 @@
 """Distillation losses fused with a frozen language-model head."""
 
-from kd_losses.divergences import kl_div_with_logits
+from kd_losses.backends import Backend
+from kd_losses.divergences import Divergence, divergence_with_logits, kl_div_with_logits
 from kd_losses.fused_cross_entropy import linear_cross_entropy
+from kd_losses.fused_divergence import linear_divergence
 from kd_losses.fused_kl import linear_kl_div
 from kd_losses.modules import CIFQuantityLoss, LinearCrossEntropyLoss, LinearKLDivLoss
 from kd_losses.quantity import cif_quantity_loss
@@ -11,13 +13,17 @@ from kd_losses.selection import response_mask
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
     "CIFQuantityLoss",
+    "Divergence",
     "LinearCrossEntropyLoss",
     "LinearKLDivLoss",
     "Reduction",
     "cif_quantity_loss",
+    "divergence_with_logits",
     "kl_div_with_logits",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_kl_div",
     "response_mask",
 ]

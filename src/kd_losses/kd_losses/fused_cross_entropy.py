@@ -3,17 +3,17 @@
 Letters: B batch, L positions, n rows, H width, V vocabulary.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kd_losses.head import LinearHead, chunk_rows, make_head, scale_row_gradients
+from kd_losses.frozen_head import frozen_head_losses
+from kd_losses.head import LinearHead, check_chunk_size, chunk_rows, make_head
 from kd_losses.reduction import (
     Reduction,
-    accumulation_dtype,
     check_reduction,
     check_temperature,
     reduce_loss,
@@ -21,54 +21,15 @@ from kd_losses.reduction import (
 from kd_losses.selection import check_rows
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Cross entropy per row; each row's gradient is computed at once and alone is kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        target: Tensor,
-        head: LinearHead,
-        temperature: float,
-        chunk_size: int,
-        with_gradient: bool,
-    ) -> Tensor:
-        losses = rows.new_empty(len(rows), dtype=accumulation_dtype(head.weight.dtype))
-        gradient = torch.empty_like(rows) if with_gradient else None
-        for start in range(0, len(rows), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            index = target[chunk].unsqueeze(-1)
-            log_q = torch.log_softmax(head.logits(rows[chunk], temperature), dim=-1)
-            losses[chunk] = log_q.gather(-1, index).squeeze(-1).neg_()
-            if gradient is not None:
-                logits_gradient = log_q.exp_()
-                logits_gradient.scatter_add_(
-                    -1, index, torch.full_like(index, -1, dtype=log_q.dtype)
-                )
-                gradient[chunk] = head.pull_back(logits_gradient)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-            ctx.temperature = temperature
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        grad_rows = scale_row_gradients(
-            gradient, grad_losses / ctx.temperature, "linear_cross_entropy"
-        )
-        return grad_rows, None, None, None, None, None
-
-
 def _trainable_head_cross_entropy(
-    rows: Tensor, target: Tensor, head: LinearHead, temperature: float, chunk_size: int
+    rows: Tensor, target: Tensor, head: LinearHead, temperature: float, chunk_size: int | None
 ) -> Tensor:
     def chunk_loss(rows: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(head.logits(rows, temperature), target, reduction="none")
 
     # the head's gradient needs the logits again: recompute them, a chunk at a time
-    chunks = zip(torch.split(rows, chunk_size), torch.split(target, chunk_size), strict=True)
+    size = chunk_rows(chunk_size, len(rows), rows.device)
+    chunks = zip(torch.split(rows, size), torch.split(target, size), strict=True)
     return torch.cat(
         [checkpoint(chunk_loss, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
     )
@@ -80,6 +41,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    softcap: float | None = None,
     ignore_index: int = -100,
     temperature: float = 1.0,
     reduction: Reduction = "mean",
@@ -105,13 +67,14 @@ def linear_cross_entropy(
         linear_weight: (V, H) the head, of input's dtype.
         target: (B, L) or (n,) int64 indices into the vocabulary, or ignore_index.
         linear_bias: (V,) or None.
+        softcap: logits become softcap * tanh(logits / softcap), before the temperature.
         ignore_index: the target of rows that don't count.
         temperature: divides the logits.
         reduction: "mean" over the rows that count, "sum", or "none".
         num_items: with "mean", divides instead of the number of rows that count: that of the
             whole global batch under gradient accumulation or data parallelism.
         vocab_size: use only the first vocab_size entries of the head; the rest is padding.
-        chunk_size: rows per chunk; None: 64 on a CPU, 1,024 elsewhere.
+        chunk_size: rows per matrix product; None: at most 256 on a CPU, 1,024 elsewhere.
 
     Returns:
         A scalar, or a loss of target's shape, 0 where ignored, for reduction "none"; float32 for
@@ -124,6 +87,7 @@ def linear_cross_entropy(
     """
     check_reduction(reduction, num_items)
     check_temperature(temperature)
+    check_chunk_size(chunk_size)
     check_rows("input", input)
     if target.dtype != torch.int64:
         raise TypeError(f"target: expected int64 indices, got {target.dtype}; pass target.long()")
@@ -134,20 +98,22 @@ def linear_cross_entropy(
         )
     counts = target != ignore_index
     rows, index = input[counts], target[counts]
-    head = make_head("linear_weight", linear_weight, linear_bias, rows, vocab_size)
+    head = make_head("linear_weight", linear_weight, linear_bias, rows, vocab_size, softcap)
     _check_targets(index, head.weight.shape[0])
-    rows_per_chunk = chunk_rows(chunk_size, rows.device)
     if torch.is_grad_enabled() and not head.frozen:
-        losses = _trainable_head_cross_entropy(rows, index, head, temperature, rows_per_chunk)
+        losses = _trainable_head_cross_entropy(rows, index, head, temperature, chunk_size)
     else:
-        losses = _FrozenHeadCrossEntropy.apply(  # type: ignore[no-untyped-call]  # as above
+        losses = frozen_head_losses(
+            "linear_cross_entropy",
             rows,
-            index,
+            None,
             head,
-            temperature,
-            rows_per_chunk,
-            torch.is_grad_enabled() and rows.requires_grad,
-        )
+            None,
+            kind="cross_entropy",
+            temperature=temperature,
+            chunk_size=chunk_size,
+            extras=(index,),
+        )[0]
     if reduction == "none":
         return losses.new_zeros(target.shape).masked_scatter(counts, losses)
     return reduce_loss(losses, reduction, num_items)

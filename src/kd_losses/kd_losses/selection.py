@@ -91,7 +91,8 @@ def select_pair(
 
     Args:
         student: (B, L, F) or (n, F).
-        teacher: (B, L', F') or (n', F'). L' may differ from L only with masks.
+        teacher: (B, L', F') or (n', F'). L' may differ from L only with masks. (n, F') beside a
+            masked student (B, L, F): the selected rows already.
         mask: student positions, boolean, the leading shape of ``student``; None: all.
         teacher_mask: teacher positions, boolean, the leading shape of ``teacher``; None: those of
             ``mask``.
@@ -107,10 +108,20 @@ def select_pair(
     student_name, teacher_name = names
     check_rows(student_name, student)
     check_rows(teacher_name, teacher)
+    if student.ndim == 3 and teacher.ndim == 2 and mask is not None and teacher_mask is None:
+        _check_mask("mask", mask, student_name, student)
+        rows = student[mask]
+        if len(rows) != len(teacher):
+            raise ValueError(
+                f"{teacher_name}: expected the {len(rows)} rows that mask selects, got "
+                f"{len(teacher)}; give the same positions that the cache was made of"
+            )
+        return rows, teacher
     if student.ndim != teacher.ndim:
         raise ValueError(
             f"{teacher_name}: expected as many dimensions as {student_name} ({student.ndim}), "
-            f"got {teacher.ndim}; give both as (n, F) or both as (B, L, F)"
+            f"got {teacher.ndim}; give both as (n, F) or both as (B, L, F), or the rows that mask "
+            "selects as (n, F)"
         )
     if mask is not None:
         _check_mask("mask", mask, student_name, student)
