@@ -202,6 +202,7 @@ def _spans(rows: Rows, place: _Place, cu_tokens: Tensor, num_tokens: int) -> tup
         readable=None,
         units=rows.units[row],
         levels=torch.stack(levels),
+        rows=1,
     )
     return spans, row
 

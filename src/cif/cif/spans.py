@@ -31,6 +31,8 @@ class Spans(NamedTuple):
             poison the tokens of a row. Sums and weights are of this dtype.
         levels: (2, F) float64, the starts and the ends in tokens from the beginning of the row.
             Only their gradients are used.
+        rows: how many rows there are, all with as many frames and as many tokens; 1 where they are
+            not alike.
     """
 
     starts: Tensor
@@ -39,6 +41,7 @@ class Spans(NamedTuple):
     readable: Tensor | None
     units: Tensor
     levels: Tensor
+    rows: int
 
 
 def lay_out(
@@ -72,6 +75,7 @@ def lay_out(
         readable=None if frame_mask is None else frame_mask.flatten(),
         units=units[:, None].expand(batch, num_tokens).flatten(),
         levels=levels.flatten(1),
+        rows=batch,
     )
 
 

@@ -14,7 +14,8 @@ nothing to the gradient of its ends.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,15 @@ from cif.backends.second_order import refuse_second_derivative
 from cif.prefix import FRACTION_BITS, ONE
 from cif.spans import Intervals, Spans, merge
 
-# Columns that are copied from a low precision at a time.
-_PIECE = 128
+
+class _Layout(NamedTuple):
+    """What of `cif.spans.Spans` has no gradient."""
+
+    starts: Tensor
+    ends: Tensor
+    limits: Tensor
+    readable: Tensor | None
+    units: Tensor
 
 
 def integrate(hidden_states: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
@@ -39,8 +47,9 @@ def integrate(hidden_states: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor
     Returns:
         (M, D); zeros at tokens that have no frame.
     """
+    starts, ends, limits, readable, units, levels, rows = spans
     out: Tensor = _Integrate.apply(  # type: ignore[no-untyped-call]  # torch's
-        dtype, hidden_states, spans.levels, *spans[:-1]
+        dtype, rows, hidden_states, levels, starts, ends, limits, readable, units
     )
     return out
 
@@ -50,94 +59,35 @@ class _Integrate(torch.autograd.Function):
     def forward(
         ctx: Any,
         dtype: torch.dtype,
+        rows: int,
         hidden_states: Tensor,
         levels: Tensor,
-        starts: Tensor,
-        ends: Tensor,
-        limits: Tensor,
-        readable: Tensor | None,
-        units: Tensor,
+        *arguments: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(hidden_states, levels, starts, ends, limits, readable, units)
-        if _is_empty(hidden_states, units):
-            return units.new_zeros(units.shape[0], hidden_states.shape[1], dtype=dtype)
-        parts = merge(starts, ends, units.shape[0])
-        live = parts.sizes > 0
-        place, offsets = _compact(parts, live)
-        frames = _scattered(parts.frames, place)
-        weights = _scattered(_weights(parts, live, units), place)
-        # The bag after the last token's holds what is left over of the list.
-        columns = _columns(hidden_states, units.dtype)
-        if len(columns) == 1:
-            out = _bags(hidden_states.to(units.dtype), frames, offsets, weights)[:-1]
-            return out.to(dtype)
-        out = hidden_states.new_empty(units.shape[0], hidden_states.shape[1], dtype=dtype)
-        for piece in columns:
-            values = hidden_states[:, piece].to(units.dtype)
-            out[:, piece] = _bags(values, frames, offsets, weights)[:-1]
+        ctx.save_for_backward(hidden_states, levels, *arguments)
+        ctx.rows = rows
+        layout = _Layout(*arguments)
+        width, tokens = hidden_states.shape[1], layout.units.shape[0]
+        if _is_empty(hidden_states, layout.units):
+            return hidden_states.new_zeros(tokens, width, dtype=dtype)
+        if not _row_by_row(hidden_states, layout.units, rows):
+            return _sums(hidden_states, layout).to(dtype)
+        out = hidden_states.new_empty(tokens, width, dtype=dtype)
+        for frames, in_row, row in _rows(layout, rows):
+            out[in_row] = _sums(hidden_states[frames], row)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_states, levels, *layout = ctx.saved_tensors
+        hidden_states, levels, *arguments = ctx.saved_tensors
         with torch.no_grad():
-            gradients = _gradients(grad, hidden_states, levels, *layout)
+            gradients = _gradients(grad, hidden_states, levels, _Layout(*arguments), ctx.rows)
         return (
+            None,
             None,
             *refuse_second_derivative(gradients, grad, hidden_states, levels),
             *(None,) * 5,
         )
-
-
-def _gradients(
-    grad: Tensor,
-    hidden_states: Tensor,
-    levels: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    limits: Tensor,
-    readable: Tensor | None,
-    units: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of the frames, (F, D), and of the levels, (2, F)."""
-    if _is_empty(hidden_states, units):
-        return torch.zeros_like(hidden_states), torch.zeros_like(levels)
-    frames = hidden_states.shape[0]
-    parts = merge(starts, ends, units.shape[0])
-    tokens = _scattered(_gradient_rows(parts, limits), parts.order)
-    weights = _scattered(_weights(parts, parts.sizes > 0, units), parts.order)
-    frame = torch.arange(frames, device=starts.device)
-    last = parts.order[:frames]
-    first = frame + (starts >> FRACTION_BITS)
-    offsets = F.pad(last[:-1] + 1, (1, 0))
-    entries = (tokens, offsets, weights, last, first)
-    columns = _columns(hidden_states, units.dtype)
-    if len(columns) == 1:
-        values = hidden_states.to(units.dtype)
-        d_hidden, at_end, at_start = _dots(values, grad.to(units.dtype), *entries)
-        d_hidden = d_hidden.to(hidden_states.dtype)
-    else:
-        d_hidden = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        at_end, at_start = units.new_zeros(2, frames)
-        for piece in columns:
-            values, piece_grad = (t[:, piece].to(units.dtype) for t in (hidden_states, grad))
-            d_hidden[:, piece], *dots = _dots(values, piece_grad, *entries)
-            at_end += dots[0]
-            at_start += dots[1]
-    # A frame that ends with its row's last token touches no token at its end. Whatever stands
-    # in masked frames, NaN included, has been multiplied into their dot products.
-    starts_inside, ends_inside = (edge >> FRACTION_BITS < limits for edge in (starts, ends))
-    if readable is not None:
-        starts_inside, ends_inside = starts_inside & readable, ends_inside & readable
-    _clear(d_hidden, starts == ends)
-    unit = units[tokens[last]]
-    d_levels = torch.stack(
-        [
-            torch.where(starts_inside, -unit * at_start, 0.0),
-            torch.where(ends_inside, unit * at_end, 0.0),
-        ]
-    )
-    return d_hidden, d_levels.to(levels.dtype)
 
 
 def _is_empty(hidden_states: Tensor, units: Tensor) -> bool:
@@ -145,16 +95,97 @@ def _is_empty(hidden_states: Tensor, units: Tensor) -> bool:
     return hidden_states.numel() == 0 or units.shape[0] == 0
 
 
-def _columns(hidden_states: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Cut the width into pieces that are worked on one after the other.
+def _row_by_row(hidden_states: Tensor, units: Tensor, rows: int) -> bool:
+    """Whether to work on the rows one after the other.
 
-    Frames of low precision, (F, D), are copied to `dtype`: a piece of the copy stays in the cache,
-    the whole of it would not.
+    Frames of low precision are copied to the dtype of `units`: the copy of a row stays in the
+    cache, that of the batch would not. A compiler needs no copy.
     """
-    width = hidden_states.shape[1]
-    if hidden_states.dtype == dtype or torch.compiler.is_compiling():
-        return [slice(None)]
-    return [slice(start, start + _PIECE) for start in range(0, width, _PIECE)]
+    return hidden_states.dtype != units.dtype and not torch.compiler.is_compiling() and rows > 1
+
+
+def _rows(layout: _Layout, count: int) -> Iterator[tuple[slice, slice, _Layout]]:
+    """Cut a padded batch into its rows: the frames, the tokens, and the layout from 0 on."""
+    frames, tokens = layout.starts.shape[0] // count, layout.units.shape[0] // count
+    for row in range(count):
+        part = slice(row * frames, (row + 1) * frames)
+        in_row = slice(row * tokens, (row + 1) * tokens)
+        base = row * tokens
+        yield (
+            part,
+            in_row,
+            _Layout(
+                layout.starts[part] - (base << FRACTION_BITS),
+                layout.ends[part] - (base << FRACTION_BITS),
+                layout.limits[part] - base,
+                None if layout.readable is None else layout.readable[part],
+                layout.units[in_row],
+            ),
+        )
+
+
+def _sums(hidden_states: Tensor, layout: _Layout) -> Tensor:
+    """Compute the tokens, (M, D), in the dtype of `units`."""
+    units = layout.units
+    parts = merge(layout.starts, layout.ends, units.shape[0])
+    live = parts.sizes > 0
+    place, offsets = _compact(parts, live)
+    frames = _scattered(parts.frames, place)
+    weights = _scattered(_weights(parts, live, units), place)
+    # The bag after the last token's holds what is left over of the list.
+    return _bags(hidden_states.to(units.dtype), frames, offsets, weights)[:-1]
+
+
+def _gradients(
+    grad: Tensor, hidden_states: Tensor, levels: Tensor, layout: _Layout, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the frames, (F, D), and of the levels, (2, F)."""
+    if _is_empty(hidden_states, layout.units):
+        return torch.zeros_like(hidden_states), torch.zeros_like(levels)
+    if not _row_by_row(hidden_states, layout.units, rows):
+        d_hidden, d_levels = _frame_gradients(grad, hidden_states, layout)
+        return d_hidden.to(hidden_states.dtype), d_levels.to(levels.dtype)
+    d_hidden = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    d_levels = torch.empty_like(levels)
+    for frames, in_row, row in _rows(layout, rows):
+        d_hidden[frames], d_levels[:, frames] = _frame_gradients(
+            grad[in_row], hidden_states[frames], row
+        )
+    return d_hidden, d_levels
+
+
+def _frame_gradients(grad: Tensor, hidden_states: Tensor, layout: _Layout) -> tuple[Tensor, Tensor]:
+    """Do what `_gradients` does, in the dtype of `units`."""
+    starts, ends, limits, readable, units = layout
+    frames = hidden_states.shape[0]
+    parts = merge(starts, ends, units.shape[0])
+    tokens = _scattered(_gradient_rows(parts, limits), parts.order)
+    weights = _scattered(_weights(parts, parts.sizes > 0, units), parts.order)
+    last = parts.order[:frames]
+    first = torch.arange(frames, device=starts.device) + (starts >> FRACTION_BITS)
+    d_hidden, at_end, at_start = _dots(
+        hidden_states.to(units.dtype),
+        grad.to(units.dtype),
+        tokens,
+        F.pad(last[:-1] + 1, (1, 0)),
+        weights,
+        last,
+        first,
+    )
+    _clear(d_hidden, starts == ends)
+    # A frame that ends with its row's last token touches no token at its end. Whatever stands in
+    # masked frames, NaN included, has been multiplied into their dot products.
+    starts_inside, ends_inside = (edge >> FRACTION_BITS < limits for edge in (starts, ends))
+    if readable is not None:
+        starts_inside, ends_inside = starts_inside & readable, ends_inside & readable
+    unit = units[tokens[last]]
+    d_levels = torch.stack(
+        [
+            torch.where(starts_inside, -unit * at_start, 0.0),
+            torch.where(ends_inside, unit * at_end, 0.0),
+        ]
+    )
+    return d_hidden, d_levels
 
 
 def _compact(parts: Intervals, live: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,13 @@ def align(
     readable = None if mask is None else mask.flatten()
     return Aligned(
         spans=Spans(
-            scan.starts, scan.ends, scan.limits, readable, scan.units.detach(), scan.levels
+            scan.starts,
+            scan.ends,
+            scan.limits,
+            readable,
+            scan.units.detach(),
+            scan.levels,
+            alphas.shape[0],
         ),
         counts=scan.counts,
         lengths=scan.lengths,

@@ -17,7 +17,7 @@ from cif.spans import Spans
 
 def integrate(hidden_states: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
     """Sum the frames of each token by their weights; see `cif.backends.torch_backend.integrate`."""
-    starts, ends, limits, readable, units, levels = spans
+    starts, ends, limits, readable, units, levels, _ = spans
     out = _integrate(hidden_states, levels, starts, ends, limits, readable, units, dtype)
     return cast(Tensor, out)
 
