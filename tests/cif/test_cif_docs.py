@@ -37,7 +37,7 @@ def test_the_picture_is_what_its_script_draws(tmp_path):
 def test_the_examples_run():
     text = (DOCS / "cif.md").read_text("utf-8")
     examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 6
     names = {}
     for example in examples:
         exec(compile(example, "docs/cif.md", "exec"), names)
