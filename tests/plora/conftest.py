@@ -80,6 +80,12 @@ def llama() -> nn.Module:
 
 
 @pytest.fixture
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(_CONFIGS["gpt2"]()).eval()
+
+
+@pytest.fixture
 def randomised() -> Callable[..., nn.Module]:
     """A function: a copy of a base model with PLoRA whose A and B are both random."""
 

@@ -84,7 +84,7 @@ def test_excluded_names_are_left_out(llama):
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
             ValueError,
-            "'q_proj' matches no layer",
+            "no linear layer is left",
         ),
     ],
 )

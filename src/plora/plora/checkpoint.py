@@ -12,17 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from plora.bases import is_conv1d
 from plora.config import DEFAULT, PLoRAConfig
 from plora.decoder import find_scope
-from plora.swap import Model, apply_plora, plora_layers, remove_plora, require_scope
+from plora.peft_format import from_peft, parameters_of, to_peft
+from plora.swap import Model, apply_plora, remove_plora, require_scope
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
 PLORA_CONFIG_FILE = "plora_config.json"
 CARD_FILE = "README.md"
 
-_PREFIX = "base_model.model."
 _FORMAT = 1
 
 
@@ -33,14 +32,15 @@ def plora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: A model with PLoRA. Paths count from this model, so load into the same one.
 
     Returns:
-        ``base_model.model.<path>.lora_A.weight`` (r, K) and ``...lora_B.weight`` (N, r) to detached
-        tensors that share memory with the model's.
+        ``base_model.model.<path>.lora_A.weight`` (r, K) and ``...lora_B.weight`` (N, r), with DoRA
+        also ``...lora_magnitude_vector`` (N,), to detached tensors that share memory with the
+        model's. Of several modalities: ``...lora_A.<modality>.weight`` and so on.
 
     Raises:
         ValueError: The model has no PLoRA.
     """
     require_scope(model)
-    return {name: parameter.detach() for name, parameter in _parameters(model).items()}
+    return {name: parameter.detach() for name, parameter in parameters_of(model).items()}
 
 
 def load_plora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -54,7 +54,7 @@ def load_plora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) ->
         ValueError: The model has no PLoRA, or names or shapes differ. Nothing is changed then.
     """
     require_scope(model)
-    parameters = _parameters(model)
+    parameters = parameters_of(model)
     missing, unexpected = parameters.keys() - state_dict.keys(), state_dict.keys() - parameters
     if missing or unexpected:
         what = f"{min(missing)!r} is missing" if missing else f"{min(unexpected)!r} is unexpected"
@@ -76,9 +76,9 @@ def load_plora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) ->
 def save_plora(model: nn.Module, directory: str | Path) -> None:
     """Write A and B, and what is needed to apply them, into `directory`.
 
-    ``adapter_model.safetensors`` and ``adapter_config.json`` are a LoRA adapter as PEFT reads it;
-    ``plora_config.json`` says that it is meant for masked positions only. A model card is written
-    if there is no README.md yet.
+    ``adapter_model.safetensors`` and ``adapter_config.json`` are a LoRA adapter as PEFT reads it,
+    of several modalities one in a folder each, named like it; ``plora_config.json`` says that they
+    are meant for masked positions only. A model card is written if there is no README.md yet.
 
     Args:
         model: A model with PLoRA.
@@ -90,19 +90,28 @@ def save_plora(model: nn.Module, directory: str | Path) -> None:
     _, scope = require_scope(model)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    state_dict = {name: value.cpu().contiguous() for name, value in plora_state_dict(model).items()}
-    save_file(state_dict, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    _write_json(folder / PEFT_CONFIG_FILE, _peft_config(model, scope.configs[DEFAULT]))
-    _write_json(folder / PLORA_CONFIG_FILE, {"format": _FORMAT, **scope.configs[DEFAULT].to_dict()})
+    for modality, config in scope.configs.items():
+        place = _folder(folder, modality)
+        place.mkdir(exist_ok=True)
+        found = parameters_of(model, modality)
+        values = {name: value.detach().cpu().contiguous() for name, value in found.items()}
+        save_file(values, place / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_json(place / PEFT_CONFIG_FILE, to_peft(model, config, modality))
+    dicts = {modality: config.to_dict() for modality, config in scope.configs.items()}
+    said = dicts[DEFAULT] if set(dicts) == {DEFAULT} else {"modalities": dicts}
+    _write_json(folder / PLORA_CONFIG_FILE, {"format": _FORMAT, **said})
     if not (folder / CARD_FILE).exists():
-        (folder / CARD_FILE).write_text(_card(model, scope.configs[DEFAULT]), encoding="utf-8")
+        (folder / CARD_FILE).write_text(_card(model, scope.configs), encoding="utf-8")
 
 
 def load_plora(model: Model, directory: str | Path) -> Model:
-    """Apply what `save_plora` wrote to `model`, in place.
+    """Apply what `save_plora`, or PEFT, wrote to `model`, in place.
+
+    A folder of PEFT without ``plora_config.json`` is read as one modality without a name: the same
+    A and B, on the masked positions only.
 
     Args:
-        model: The base model, or one that has PLoRA of the same rank and targets already, whose A
+        model: The base model, or one that has PLoRA of the same ranks and targets already, whose A
             and B are then replaced.
         directory: Where the files are.
 
@@ -110,36 +119,32 @@ def load_plora(model: Model, directory: str | Path) -> Model:
         `model` itself.
 
     Raises:
-        ValueError: A file is missing or damaged, or the files belong to another base model. A model
-            that had no PLoRA before has none then.
+        ValueError: A file is missing or damaged, or the files belong to another base model, or say
+            what Partial LoRA cannot do. A model that had no PLoRA before has none then.
     """
     folder = Path(directory)
-    for name in (PLORA_CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(f"directory: {folder} has no {name}; expected what save_plora wrote")
-    config = _read_config(folder / PLORA_CONFIG_FILE)
-    try:
-        state_dict = load_file(folder / WEIGHTS_FILE)
-    except SafetensorError as error:
-        raise ValueError(
-            f"directory: {folder / WEIGHTS_FILE} is damaged ({error}); save it again"
-        ) from error
+    configs = _read_configs(folder)
+    state_dict: dict[str, Tensor] = {}
+    for modality in configs:
+        values = _read_weights(_folder(folder, modality) / WEIGHTS_FILE)
+        state_dict |= {_with_modality(name, modality): value for name, value in values.items()}
     found = find_scope(model)
     if found is None:
-        return _apply_and_load(model, config, state_dict)
-    present = found[1].configs[DEFAULT]
-    if (present.r, present.scaling) != (config.r, config.scaling):
+        return _apply_and_load(model, configs, state_dict)
+    present, expected = _strengths(found[1].configs), _strengths(configs)
+    if present != expected:
         raise ValueError(
-            f"model: expected PLoRA with r={config.r} and lora_alpha={config.lora_alpha:g} as in "
-            f"{folder}, got r={present.r} and lora_alpha={present.lora_alpha:g}; call "
+            f"model: expected PLoRA with {expected} as in {folder}, got {present}; call "
             "remove_plora(model) first"
         )
     load_plora_state_dict(model, state_dict)
     return model
 
 
-def _apply_and_load(model: Model, config: PLoRAConfig, state_dict: Mapping[str, Tensor]) -> Model:
-    apply_plora(model, config)
+def _apply_and_load(
+    model: Model, configs: Mapping[str, PLoRAConfig], state_dict: Mapping[str, Tensor]
+) -> Model:
+    apply_plora(model, configs)
     try:
         load_plora_state_dict(model, state_dict)
     except ValueError:
@@ -148,61 +153,76 @@ def _apply_and_load(model: Model, config: PLoRAConfig, state_dict: Mapping[str, 
     return model
 
 
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        f"{_PREFIX}{path}.{name}.weight": getattr(layer, name)
-        for path, layer in plora_layers(model).items()
-        for name in ("lora_A", "lora_B")
-    }
+def _folder(folder: Path, modality: str) -> Path:
+    return folder if modality == DEFAULT else folder / modality
 
 
-def _peft_config(model: nn.Module, config: PLoRAConfig) -> dict[str, Any]:
-    layers = plora_layers(model)
-    generates = hasattr(model, "prepare_inputs_for_generation")
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if generates else None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": _peft_targets(model, set(layers)),
-        "bias": "none",
-        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in layers.values()),
-    }
+def _with_modality(name: str, modality: str) -> str:
+    """The name, in a file of one modality, as it is among all of them."""
+    if modality == DEFAULT:
+        return name
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.{modality}.{last}" if last == "weight" else f"{name}.{modality}"
 
 
-def _peft_targets(model: nn.Module, adapted: set[str]) -> list[str]:
-    """Last names of the adapted paths if PEFT would find just these layers by them, else paths."""
-    short = {path.rpartition(".")[2] for path in adapted}
-    found = {
-        path
-        for path, _ in model.named_modules()
-        if path.rpartition(".")[2] in short and ".base_layer." not in f"{path}."
-    }
-    return sorted(short if found == adapted else adapted)
+def _strengths(configs: Mapping[str, PLoRAConfig]) -> str:
+    """What A, B and their scale have to agree in, in words."""
+    said = []
+    for modality, one in configs.items():
+        name = "" if modality == DEFAULT else f"{modality}: "
+        words = f"{name}r={one.r} and lora_alpha={one.lora_alpha:g}"
+        for field in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+            value = getattr(one, field)
+            words += f" and {field}={value}" if value else ""
+        said.append(words)
+    return "; ".join(sorted(said))
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_config(path: Path) -> PLoRAConfig:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also what a file that is not UTF-8 raises
         raise ValueError(f"directory: {path} is no JSON ({error}); save it again") from error
-    version = values.pop("format", None) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(
+            f"directory: {path.parent} has no {path.name}; expected what save_plora or PEFT wrote, "
+            "in safetensors"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"directory: {path} is damaged ({error}); save it again") from error
+
+
+def _read_configs(folder: Path) -> dict[str, PLoRAConfig]:
+    path = folder / PLORA_CONFIG_FILE
+    if not path.is_file():
+        if not (folder / PEFT_CONFIG_FILE).is_file():
+            raise ValueError(
+                f"directory: {folder} has no {PLORA_CONFIG_FILE}, nor an {PEFT_CONFIG_FILE}; "
+                "expected what save_plora or PEFT wrote"
+            )
+        return {DEFAULT: from_peft(_read_json(folder / PEFT_CONFIG_FILE))}
+    values = _read_json(path)
+    version = values.pop("format", None)
     if version != _FORMAT:
         raise ValueError(
             f"directory: {path} expected format {_FORMAT}, got {version!r}; it was written by "
             "another version of this package"
         )
-    return PLoRAConfig.from_dict(values)
+    dicts = values.get("modalities", {DEFAULT: values})
+    return {modality: PLoRAConfig.from_dict(one) for modality, one in dicts.items()}
 
 
-def _card(model: nn.Module, config: PLoRAConfig) -> str:
+def _card(model: nn.Module, configs: Mapping[str, PLoRAConfig]) -> str:
     base = getattr(model, "name_or_path", None) or type(model).__name__
     return f"""---
 library_name: plora
@@ -210,8 +230,8 @@ library_name: plora
 
 # Partial LoRA adapter for {base}
 
-Rank {config.r}, scale {config.scaling:g}. Load it with `plora.load_plora(model, directory)`. It is
-meant for the positions that `plora_mask` marks, and for no others.
+{_strengths(configs)}. Load it with `plora.load_plora(model, directory)`. It is meant for the
+positions that `plora_mask` marks, and for no others.
 
 PEFT reads the same files, but it adapts every token: the text positions of the model, which Partial
 LoRA leaves as they were, change as well. Merging it into the weights does the same.

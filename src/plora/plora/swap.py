@@ -188,6 +188,8 @@ def _targets(
         name = None if names is None else matches(path, names)
         is_linear = linear_features(module) is not None
         taken = is_linear if names is None else name is not None
+        if name is not None:
+            used.add(name)
         if not taken or path in left_out or matches(path, config.exclude_modules):
             continue
         if not in_layers(path, config.layers_to_transform, config.layers_pattern):
@@ -204,8 +206,6 @@ def _targets(
             )
         first_path[id(module)] = path
         targets[path] = module
-        if name is not None:
-            used.add(name)
     asked = (names,) if isinstance(names, str) else names or ()
     missing = [name for name in asked if name not in used]
     if missing or not targets:
