@@ -10,6 +10,7 @@ from plora.checkpoint import (
     save_plora,
 )
 from plora.config import PLoRAConfig
+from plora.convert import from_blsp_emo, from_internlm_xcomposer2
 from plora.decoder import plora_disabled
 from plora.layer import PLoRALinear
 from plora.mask import plora_mask
@@ -20,6 +21,8 @@ __all__ = [
     "PLoRAConfig",
     "PLoRALinear",
     "apply_plora",
+    "from_blsp_emo",
+    "from_internlm_xcomposer2",
     "load_plora",
     "load_plora_state_dict",
     "mask_from_embeddings",
