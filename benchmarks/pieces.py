@@ -2,8 +2,7 @@
 
     python -m benchmarks.pieces [--out RESULTS_DIR] [--device cpu|cuda] [--quick]
 
-Each case first checks that its implementations agree. Partial LoRA is compared with the bare linear
-layer, whose cost is the floor, and with multiplying by the mask; the fused KL with F.kl_div on the
+Each case first checks that its implementations agree. The fused KL is compared with F.kl_div on the
 logits of the selected positions and of all positions.
 """
 
@@ -13,16 +12,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import measure
 from kd_losses import linear_kl_div
-from plora import PLoRAConfig, apply_plora, plora_mask
 
 # case -> (shape on a CPU, on a GPU, toy); what the letters mean is in each case's docstring
 SHAPES = {
-    "plora": ((8, 128, 576, 1536, 16), (16, 512, 2048, 8192, 16), (2, 8, 16, 24, 4)),
     "linear_kl_div": ((8, 96, 576, 16384), (16, 384, 2048, 131072), (2, 8, 16, 64)),
 }
 
@@ -34,35 +31,6 @@ def backward(run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[]
         return list(torch.autograd.grad(run(), leaves))
 
     return call
-
-
-def plora_case(shape: Sequence[int], device: str, dtype: torch.dtype) -> dict:
-    """Shape: B batch, T positions (a quarter of them masked), D in, H out, rank."""
-    batch, positions, width, out, rank = shape
-    base = nn.Linear(width, out, device=device, dtype=dtype).requires_grad_(False)
-    model = nn.Sequential(nn.Linear(width, out, device=device, dtype=dtype))
-    model[0].load_state_dict(base.state_dict())
-    apply_plora(model, PLoRAConfig(r=rank, lora_alpha=rank, lora_dropout=0.0))
-    down, up = (p for p in model.parameters() if p.requires_grad)
-    nn.init.normal_(up, std=0.1)
-    x = torch.randn(batch, positions, width, device=device, dtype=dtype, requires_grad=True)
-    mask = (torch.arange(positions, device=device) < positions // 4).expand(batch, -1)
-    upstream = torch.randn(batch, positions, out, device=device, dtype=dtype)
-
-    def dense() -> Tensor:
-        update = (x @ down.to(dtype).mT) @ up.to(dtype).mT
-        return ((base(x) + mask[..., None] * update) * upstream).sum()
-
-    def ours() -> Tensor:
-        with plora_mask(mask):
-            return (model(x) * upstream).sum()
-
-    return {
-        "times mask": backward(dense, [x, down, up]),
-        "plora": backward(ours, [x, down, up]),
-        # no gradient of A and B: not the same result, but the cost that nothing goes below
-        "bare linear (floor)": backward(lambda: (base(x) * upstream).sum(), [x]),
-    }
 
 
 def kl_case(shape: Sequence[int], device: str, dtype: torch.dtype) -> dict:
@@ -89,15 +57,13 @@ def kl_case(shape: Sequence[int], device: str, dtype: torch.dtype) -> dict:
     }
 
 
-CASES = {"plora": plora_case, "linear_kl_div": kl_case}
+CASES = {"linear_kl_div": kl_case}
 
 
 def check_agreement(name: str, calls: dict[str, Callable[[], list[Tensor]]], tol: float) -> None:
     (_, first), *others = calls.items()
     expected = first()
     for other, call in others:
-        if "floor" in other:
-            continue
         for got, want in zip(call(), expected, strict=True):
             error = (got.float() - want.float()).norm() / want.float().norm()
             assert error < tol, f"{name}: {other} is off by {error:.2g} of the gradient's norm"

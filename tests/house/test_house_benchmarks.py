@@ -12,6 +12,9 @@ from benchmarks.cif import Setting, check
 from benchmarks.cif_peers import IMPLEMENTATIONS
 from benchmarks.measure import read, take_turns, write
 from benchmarks.memory import HAS_GLIBC, fresh, page_faults, peak_mib
+from benchmarks.plora import Case, problem_of, saved_mib
+from benchmarks.plora import check as check_plora
+from benchmarks.plora_peers import IMPLEMENTATIONS as PEERS
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"commit", "device", "torch", "dtype", "shape", "warm_up", "repeats", "over_first"}
@@ -39,7 +42,49 @@ def measured(path):
 
 def test_the_pieces_benchmark_runs_and_its_implementations_agree(results):
     rows = measured(results[0] / "pieces.jsonl")
-    assert {row["case"] for row in rows} == {"plora", "linear_kl_div"}
+    assert {row["case"] for row in rows} == {"linear_kl_div"}
+
+
+def test_the_plora_benchmark_runs_checks_and_says_what_it_skips(results):
+    folder, printed = results
+    rows = measured(folder / "plora-cpu.jsonl")
+    layer = [row for row in rows if row["pass"] == "forward+backward"]
+    names = {"base layer", "plora, one span", "plora, scattered", "PEFT", "dense mask"}
+    assert {row["implementation"] for row in layer} >= names
+    assert {row["dtype"] for row in layer} == {"float32", "bfloat16"}
+    compared = [row for row in layer if not row["dropout"]]
+    assert all(row["error_dx"] < 1e-5 for row in compared)
+    assert all(row["error_db"] < 1e-5 for row in compared if row["implementation"] != "base layer")
+    decoding = {row["implementation"] for row in rows if row["pass"] == "decode"}
+    assert decoding == {"base model", "plora, mask off", "PEFT", "PEFT, disabled"}
+    skipped = {r["implementation"] for r in read(folder / "plora-cpu.jsonl") if "skipped" in r}
+    assert skipped == {"plora, triton", "PEFT, float32 adapter"}
+    assert "(goal 1.05)" in printed
+    assert (folder / "plora-cpu.svg").read_text().startswith("<?xml")
+
+
+def test_saved_memory_counts_whole_storages_once():
+    """Of a span of a quarter of the positions, a quarter of x is kept, and h."""
+    case = Case((1, 64, 32, 16, 4), 25, torch.float32)
+    problem, x, _ = problem_of(case, "cpu")
+    kept = {
+        name: saved_mib(PEERS[name](problem), problem, x) * 2**20
+        for name in ("base layer", "plora, one span", "dense mask")
+    }
+    h, index = 4 * 4 * 16, 8 * 16
+    assert kept["base layer"] == 0
+    assert kept["plora, one span"] == 4 * 16 * 32 + h + index
+    # at least x and h of all positions
+    assert kept["dense mask"] >= 4 * 64 * 32 + 4 * 4 * 64
+
+
+def test_a_wrong_partial_lora_is_not_timed():
+    case = Case((1, 8, 6, 5, 2), 50, torch.float32)
+    problem, x, upstream = problem_of(case, "cpu")
+    right = PEERS["plora, one span"](problem)
+    assert check_plora("right", problem, right, x, upstream)["error_out"] < 1e-5
+    with pytest.raises(AssertionError, match="wrong"):
+        check_plora("wrong", problem, right._replace(mask=problem.scattered), x, upstream)
 
 
 def test_the_cif_benchmark_runs_checks_and_says_what_it_skips(results):

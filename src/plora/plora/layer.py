@@ -124,17 +124,19 @@ class PLoRALinear(nn.Module):
         activation = current_activation()
         if activation is None:
             self._check_bare_call()
-            return self._plain(hidden_states)
+            output: Tensor = self.base_layer(hidden_states)
+            return output
         seen, chosen = activation.find(hidden_states)
         if seen and not chosen:
-            return self._plain(hidden_states)
+            output = self.base_layer(hidden_states)
+            return output
         # Other kinds of tensors, such as those of tensor parallelism, take plain operations only
         cut = seen and type(hidden_states) is Tensor and not torch.compiler.is_compiling()
         low: dict[str, tuple[Rows, Tensor]] = {}
         before = hidden_states
         if cut:
             before = self._shrink(hidden_states, chosen, activation, low)
-        output = self._plain(before)
+        output = self.base_layer(before)
         if not seen or not self._is_linear(hidden_states, output):
             self._leave_out(hidden_states, activation.batch, activation.length)
             return output
@@ -172,10 +174,6 @@ class PLoRALinear(nn.Module):
                 made.setdefault("lora_magnitude_vector", {})[name] = magnitude
         for name, values in made.items():
             setattr(self, name, nn.ParameterDict(values) if named else values[DEFAULT])
-
-    def _plain(self, hidden_states: Tensor) -> Tensor:
-        output: Tensor = self.base_layer(hidden_states)
-        return output
 
     def _shrink(
         self,
