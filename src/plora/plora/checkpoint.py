@@ -80,6 +80,9 @@ def save_plora(model: nn.Module, directory: str | Path) -> None:
     of several modalities one in a folder each, named like it; ``plora_config.json`` says that they
     are meant for masked positions only. A model card is written if there is no README.md yet.
 
+    A model that is sharded over processes (``fully_shard``) is put together: call this in all of
+    them, and the first one writes.
+
     Args:
         model: A model with PLoRA.
         directory: Created if need be; the files of an earlier save are replaced.
@@ -89,12 +92,15 @@ def save_plora(model: nn.Module, directory: str | Path) -> None:
     """
     _, scope = require_scope(model)
     folder = Path(directory)
+    whole = {modality: _whole(parameters_of(model, modality)) for modality in scope.configs}
+    sharded = any(hasattr(one, "full_tensor") for one in parameters_of(model).values())
+    if sharded and torch.distributed.get_rank() != 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for modality, config in scope.configs.items():
         place = _folder(folder, modality)
         place.mkdir(exist_ok=True)
-        found = parameters_of(model, modality)
-        values = {name: value.detach().cpu().contiguous() for name, value in found.items()}
+        values = whole[modality]
         save_file(values, place / WEIGHTS_FILE, metadata={"format": "pt"})
         _write_json(place / PEFT_CONFIG_FILE, to_peft(model, config, modality))
     dicts = {modality: config.to_dict() for modality, config in scope.configs.items()}
@@ -151,6 +157,16 @@ def _apply_and_load(
         remove_plora(model)
         raise
     return model
+
+
+def _whole(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values on the CPU, gathered from all processes where they are sharded."""
+    found = {}
+    for name, parameter in parameters.items():
+        value: Any = parameter.detach()
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        found[name] = value.cpu().contiguous()
+    return found
 
 
 def _folder(folder: Path, modality: str) -> Path:
