@@ -50,7 +50,8 @@ def block_losses(
     Args:
         kind: a divergence, "cross_entropy", "topk_bucket", "topk_renormalize", or BOTH: the sum of
             KL and cross entropy times the factors of each row, then KL, then cross entropy.
-        parameter: the teacher's share of the mixture in divergences that have one.
+        parameter: the teacher's share of the mixture in divergences that have one; of BOTH the
+            temperature, which the cross entropy does without.
         block: the rows.
         scratch: gives (k, V) tensors to write to.
         with_gradient: False: the gradient is None.
@@ -73,7 +74,9 @@ def block_losses(
         assert student is not None
         difference = torch.sub(student, block.teacher, out=scratch(2))
     if kind == BOTH:
-        return _both(block.teacher, difference, student, block.extras, scratch, with_gradient)
+        return _both(
+            parameter, block.teacher, difference, student, block.extras, scratch, with_gradient
+        )
     if kind == "forward_kl":
         value, gradient = forward_kl_rows(
             block.teacher, difference, scratch, student_logits=student, with_gradient=with_gradient
@@ -84,6 +87,7 @@ def block_losses(
 
 
 def _both(
+    temperature: float,
     teacher: Tensor,
     difference: Tensor,
     student: Tensor | None,
@@ -93,12 +97,20 @@ def _both(
 ) -> tuple[list[Tensor], Tensor | None]:
     target, factors = extras
     # a softmax more, but no product more: the student's logits are known already
-    logits = torch.add(teacher, difference, out=scratch(3)) if student is None else student
+    if student is None:
+        logits = torch.add(teacher, difference, out=scratch(3))
+    else:
+        logits = scratch(3).copy_(student)
+    # the cross entropy is that of the model as it speaks, at temperature 1
+    if temperature != 1:
+        logits.mul_(temperature)
     kl, gradient = forward_kl_rows(
         teacher, difference, scratch, student_logits=student, with_gradient=with_gradient
     )
     ce, ce_gradient = cross_entropy_rows(logits, target, scratch, with_gradient=with_gradient)
+    factors = factors.to(kl)
     total = torch.addcmul(factors[:, 0] * kl, factors[:, 1], ce)
     if gradient is not None and ce_gradient is not None:
-        gradient.mul_(factors[:, :1]).addcmul_(ce_gradient, factors[:, 1:])
+        # of the logits over the temperature, as all gradients here
+        gradient.mul_(factors[:, :1]).addcmul_(ce_gradient, factors[:, 1:], value=temperature)
     return [total, kl, ce], gradient
