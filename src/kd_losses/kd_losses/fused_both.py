@@ -16,7 +16,7 @@ from kd_losses.fused_cross_entropy import check_targets, linear_cross_entropy
 from kd_losses.fused_divergence import linear_divergence, pair_heads
 from kd_losses.head import check_chunk_size, make_head
 from kd_losses.reduction import accumulation_dtype, check_reduction, check_temperature
-from kd_losses.selection import select_pair
+from kd_losses.selection import select_pair, selected
 
 
 class KLAndCrossEntropy(NamedTuple):
@@ -103,7 +103,7 @@ def linear_kl_div_cross_entropy(
             f"target: expected int64 of the leading shape of input {tuple(input.shape[:-1])}, got "
             f"{target.dtype} of {tuple(target.shape)}; one index per position"
         )
-    index = target.flatten() if mask is None else target[mask]
+    index = target.flatten() if mask is None else selected(target, mask)
     counts = index != ignore_index
     head = make_head("linear_weight", linear_weight, linear_bias, student, vocab_size, softcap)
     shared, teacher_head = pair_heads(

@@ -18,7 +18,7 @@ from kd_losses.reduction import (
     check_temperature,
     reduce_loss,
 )
-from kd_losses.selection import check_rows
+from kd_losses.selection import check_rows, selected
 
 
 def _trainable_head_cross_entropy(
@@ -97,7 +97,7 @@ def linear_cross_entropy(
             f"{tuple(target.shape)}; one index per position"
         )
     counts = target != ignore_index
-    rows, index = input[counts], target[counts]
+    rows, index = selected(input, counts), selected(target, counts)
     head = make_head("linear_weight", linear_weight, linear_bias, rows, vocab_size, softcap)
     check_targets(index, head.weight.shape[0])
     if torch.is_grad_enabled() and not head.frozen:
@@ -121,7 +121,7 @@ def linear_cross_entropy(
 
 def check_targets(index: Tensor, vocabulary: int) -> None:
     """Raise, on a CPU, where it costs no synchronisation, if an index isn't in the vocabulary."""
-    if index.device.type != "cpu" or index.numel() == 0:
+    if torch.compiler.is_compiling() or index.device.type != "cpu" or index.numel() == 0:
         return
     smallest, largest = int(index.min()), int(index.max())
     if smallest < 0 or largest >= vocabulary:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from kd_losses.frozen_head import frozen_head_losses
 from kd_losses.head import check_chunk_size, chunk_rows, make_head
 from kd_losses.reduction import Reduction, check_reduction, check_temperature, reduce_loss
-from kd_losses.selection import select_pair
+from kd_losses.selection import select_pair, selected
 
 Tail = Literal["bucket", "renormalize"]
 
@@ -84,7 +84,9 @@ def linear_topk_kl_div(
         input, topk_logprobs.detach(), mask, None, names=("input", "topk_logprobs")
     )
     flat = topk_ids.ndim == 2 and input.ndim == 3
-    ids = topk_ids if flat else topk_ids.flatten(0, -2) if mask is None else topk_ids[mask]
+    ids = (
+        topk_ids if flat else topk_ids.flatten(0, -2) if mask is None else selected(topk_ids, mask)
+    )
     head = make_head("linear_weight", linear_weight, linear_bias, rows, vocab_size, softcap)
     if torch.is_grad_enabled() and not head.frozen:
         whole = tail == "bucket"

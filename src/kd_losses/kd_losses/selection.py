@@ -75,8 +75,24 @@ def _check_mask(name: str, mask: Tensor, of: str, rows: Tensor) -> None:
         )
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+def selected(rows: Tensor, mask: Tensor) -> Tensor:
+    """The rows where the mask is True; their number depends on data, which breaks a graph."""
+    return rows[mask]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+def _check_counts(mask: Tensor, teacher_mask: Tensor) -> None:
+    counts, teacher_counts = mask.sum(-1), teacher_mask.sum(-1)
+    if counts.shape != teacher_counts.shape or not torch.equal(counts, teacher_counts):
+        raise ValueError(
+            "teacher_mask: expected as many selected positions per sequence as mask "
+            f"{counts.tolist()}, got {teacher_counts.tolist()}; positions are compared one to one"
+        )
+
+
 def _select(rows: Tensor, mask: Tensor | None) -> Tensor:
-    return rows.flatten(0, -2) if mask is None else rows[mask]
+    return rows.flatten(0, -2) if mask is None else selected(rows, mask)
 
 
 def select_pair(
@@ -110,7 +126,7 @@ def select_pair(
     check_rows(teacher_name, teacher)
     if student.ndim == 3 and teacher.ndim == 2 and mask is not None and teacher_mask is None:
         _check_mask("mask", mask, student_name, student)
-        rows = student[mask]
+        rows = selected(student, mask)
         if len(rows) != len(teacher):
             raise ValueError(
                 f"{teacher_name}: expected the {len(rows)} rows that mask selects, got "
@@ -136,10 +152,5 @@ def select_pair(
     _check_mask("teacher_mask", teacher_mask, teacher_name, teacher)
     if mask is None:
         mask = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
-    counts, teacher_counts = mask.sum(-1), teacher_mask.sum(-1)
-    if counts.shape != teacher_counts.shape or not torch.equal(counts, teacher_counts):
-        raise ValueError(
-            "teacher_mask: expected as many selected positions per sequence as mask "
-            f"{counts.tolist()}, got {teacher_counts.tolist()}; positions are compared one to one"
-        )
+    _check_counts(mask, teacher_mask)
     return _select(student, mask), _select(teacher, teacher_mask)
