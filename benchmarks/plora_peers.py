@@ -75,7 +75,7 @@ def base_layer(problem: Problem) -> Implementation:
 def ours(problem: Problem, mask: Tensor, backend: str) -> Implementation:
     """`plora`, its mask included."""
     config = PLoRAConfig(r=len(problem.a), lora_alpha=len(problem.a), lora_dropout=problem.dropout)
-    model = apply_plora(Layer(copy.deepcopy(problem.base)), config)
+    model = apply_plora(Layer(problem.base), config)
     layer = model.linear
     assert isinstance(layer, PLoRALinear)
     layer.backend = backend
@@ -104,7 +104,7 @@ def peft_lora(problem: Problem, *, float32_adapter: bool) -> Implementation:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the model has no configuration
         model = peft.get_peft_model(
-            Layer(copy.deepcopy(problem.base)), config, autocast_adapter_dtype=float32_adapter
+            Layer(problem.base), config, autocast_adapter_dtype=float32_adapter
         )
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():

@@ -67,18 +67,21 @@ def find_runs(index: Tensor) -> tuple[tuple[int, int], ...] | None:
     Args:
         index: (R,) int64 on the CPU, ascending, distinct.
 
-    >>> find_runs(torch.tensor([2, 3, 4, 9, 10]))
-    ((2, 5), (9, 11))
+    >>> find_runs(torch.tensor([2, 3, 4]))
+    ((2, 5),)
     >>> find_runs(torch.tensor([2, 3, 4])[:0]) is None
     True
     """
     count = index.shape[0]
     if count == 0:
         return None
+    first, last = int(index[0]), int(index[-1])
+    if last - first == count - 1:
+        return ((first, last + 1),)
     (breaks,) = torch.where(index.diff() != 1)
-    most = max(1, min(MOST_RUNS, count // LEAST_ROWS_PER_RUN))
-    if breaks.shape[0] >= most and breaks.shape[0] > 1:
+    most = min(MOST_RUNS, count // LEAST_ROWS_PER_RUN)
+    if breaks.shape[0] >= most:
         return None
     edges = [0, *(breaks + 1).tolist(), count]
-    first, last = index[edges[:-1]].tolist(), index[[edge - 1 for edge in edges[1:]]].tolist()
-    return tuple((start, stop + 1) for start, stop in zip(first, last, strict=True))
+    starts, lasts = index[edges[:-1]].tolist(), index[[edge - 1 for edge in edges[1:]]].tolist()
+    return tuple((start, stop + 1) for start, stop in zip(starts, lasts, strict=True))
