@@ -27,6 +27,9 @@ def _fresh():
     torch.compiler.reset()
 
 
+FEW = ["q_proj", "down_proj"]  # of the layers, because each is traced again and again
+
+
 def masks(*counts: int):
     for count in counts:
         mask = torch.zeros(2, 6, dtype=torch.bool)
@@ -37,7 +40,7 @@ def masks(*counts: int):
 
 @pytest.mark.parametrize("how", ["block", "argument"])
 def test_one_graph_serves_changing_masks(llama, randomised, how):
-    model, backend = randomised(llama), Counted()
+    model, backend = randomised(llama, target_modules=FEW), Counted()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     ids = torch.arange(12).view(2, 6)
     plain = llama(input_ids=ids, use_cache=False).logits
@@ -55,7 +58,7 @@ def test_one_graph_serves_changing_masks(llama, randomised, how):
 
 
 def test_gradients_are_the_same(llama, randomised):
-    model = randomised(llama, lora_dropout=0.0).train()
+    model = randomised(llama, target_modules=FEW).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ids = torch.arange(12).view(2, 6)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -72,7 +75,7 @@ def test_gradients_are_the_same(llama, randomised):
 
 @torch.no_grad()
 def test_a_key_value_cache_and_the_disabled_model(llama, randomised):
-    model = randomised(llama)
+    model = randomised(llama, target_modules=FEW)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     ids = torch.arange(12).view(2, 6)
     (mask,) = masks(4)
@@ -88,7 +91,7 @@ def test_a_key_value_cache_and_the_disabled_model(llama, randomised):
 
 
 def test_modalities_and_dora(llama):
-    config = PLoRAConfig(r=2, lora_dropout=0.0, use_dora=True)
+    config = PLoRAConfig(r=2, lora_dropout=0.0, use_dora=True, target_modules=FEW)
     model = apply_plora(llama, {"audio": config, "vision": config}).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
