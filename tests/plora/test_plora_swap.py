@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -31,6 +33,19 @@ def adapted_paths(model: nn.Module) -> list[str]:
         ({"target_modules": 3}, TypeError, "list of names"),
         ({"exclude_modules": "q_proj"}, ValueError, r"such as \['q_proj'\]"),
         ({"exclude_modules": 3}, TypeError, "list of names"),
+        ({"target_modules": "(q_proj"}, ValueError, "a regular expression, got '.q_proj'"),
+        ({"use_dora": 1}, TypeError, "use_dora: expected a bool"),
+        ({"use_rslora": "yes"}, TypeError, "use_rslora: expected a bool"),
+        ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\]: .* got 0"),
+        ({"rank_pattern": {"q_proj": 1.5}}, TypeError, r"rank_pattern\['q_proj'\]: .* 1.5"),
+        ({"rank_pattern": ["q_proj"]}, TypeError, "a mapping from names"),
+        ({"rank_pattern": {"(q": 3}}, ValueError, r"regular expression, got '\(q'"),
+        ({"alpha_pattern": {"q_proj": -1}}, ValueError, r"alpha_pattern\['q_proj'\]"),
+        ({"alpha_pattern": {3: 1}}, TypeError, "alpha_pattern: expected names"),
+        ({"layers_to_transform": 1}, ValueError, "a list of names, got 'all-linear'"),
+        ({"target_modules": ["a"], "layers_to_transform": []}, ValueError, "indices of layers"),
+        ({"target_modules": ["a"], "layers_to_transform": [-1]}, ValueError, "indices of layers"),
+        ({"layers_pattern": "layers"}, ValueError, "layers_to_transform beside it"),
     ],
 )
 def test_a_bad_field_raises(fields, error, message):
@@ -45,6 +60,38 @@ def test_the_configuration_survives_its_dict():
     assert PLoRAConfig.from_dict({}) == PLoRAConfig()
     with pytest.raises(ValueError, match="unknown field 'rank'"):
         PLoRAConfig.from_dict({"rank": 3})
+
+
+def test_the_dict_holds_patterns_and_layers_too():
+    config = PLoRAConfig(
+        target_modules=["a"],
+        use_rslora=True,
+        rank_pattern={"a": 2},
+        alpha_pattern={"a": 3.5},
+        layers_to_transform=[0, 2],
+        layers_pattern="layers",
+    )
+    again = PLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert config.to_dict()["rank_pattern"] == {"a": 2}
+
+
+@pytest.mark.parametrize(
+    ("path", "rank"),
+    [
+        ("model.layers.0.self_attn.q_proj", 2),
+        ("model.layers.0.q_proj", 2),
+        ("q_proj", 2),
+        ("model.layers.0.my_q_proj", 16),
+        ("model.layers.0.q_proj.inner", 16),
+        ("model.layers.1.v_proj", 4),
+        ("model.layers.11.v_proj", 16),
+    ],
+)
+def test_patterns_match_whole_components_at_the_end_of_a_path(path, rank):
+    config = PLoRAConfig(rank_pattern={"q_proj": 2, r"layers\.1\.v_proj": 4})
+    assert config.at(path).r == rank
 
 
 def test_all_linear_takes_the_decoder_and_not_the_head(base):
