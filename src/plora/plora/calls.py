@@ -50,12 +50,10 @@ class MaskedMethod:
     def __signature__(self) -> inspect.Signature:
         """The method's signature, with ``plora_mask`` in it."""
         signature = inspect.signature(self._method())
-        parameters = [p for p in signature.parameters.values() if p.name != ARGUMENT]
-        rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
         own = inspect.Parameter(ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None)
-        return signature.replace(
-            parameters=[*parameters[: len(parameters) - len(rest)], own, *rest]
-        )
+        parameters = [*signature.parameters.values(), own]
+        # keyword-only parameters come before **kwargs
+        return signature.replace(parameters=sorted(parameters, key=lambda one: one.kind))
 
     def _method(self) -> Callable[..., Any]:
         if self.before is not None:
