@@ -16,7 +16,7 @@ from plora import PLoRAConfig, PLoRALinear, apply_plora, plora_mask
 from plora.bases import is_untouched
 from plora.rows import Rows, find_runs
 from plora.taken import Taken
-from plora.update import chosen_rows, expand, shrink
+from plora.update import expand, shrink
 
 # Relative to the largest value: how much further from float64 than plain torch the update may be.
 TOLERANCE = {
@@ -36,7 +36,7 @@ def plain(x, weight, rows, a, b, scaling):
 
 def ours(x, weight, rows, a, b, scaling, *, in_place=True, runs=True):
     rows = Rows.of(rows) if runs else Rows(rows)
-    alias, low = shrink(x, rows, a, chosen=chosen_rows(x, rows, x.dtype), in_place=in_place)
+    alias, low = shrink(x, rows, a, dtype=x.dtype, in_place=in_place)
     return expand(F.linear(alias, weight), rows, low, b, scaling=scaling, in_place=in_place)
 
 
@@ -297,8 +297,7 @@ def test_dropout_keeps_a_byte_for_each_element_and_its_gradient_is_that_of_what_
     x, a = torch.randn(10, 4).double().requires_grad_(), torch.randn(3, 4).double().requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        chosen = chosen_rows(x, rows, x.dtype)
-        alias, low = shrink(x, rows, a, chosen=chosen, dropout=p, in_place=True)
+        alias, low = shrink(x, rows, a, dtype=x.dtype, dropout=p, in_place=True)
     (keep,) = (t for t in kept if t.dtype == torch.bool)
     assert keep.shape == (6, 4)
     torch.testing.assert_close(low, (x[2:8] * keep * 2) @ a.mT)

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from plora.activation import Activation, current_activation, current_taken
-from plora.backends import Backend
+from plora.backends import Backend, triton_operators
 from plora.bases import dense_weight, device_of, is_untouched, linear_features
 from plora.config import ALL_LINEAR, DEFAULT, PLoRAConfig
 from plora.dora import add_dora, weight_norm
 from plora.gather import add_low_rank
 from plora.mask import is_disabled
 from plora.rows import Rows
-from plora.update import compute_dtype, expand, shrink
+from plora.taken import compute_dtype
+from plora.update import expand, shrink
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,9 @@ class PLoRALinear(nn.Module):
                 before,
                 rows,
                 self.trained(name)["lora_A"],
-                chosen=current_taken().take(hidden_states, rows, dtype),
+                dtype=dtype,
+                taken=current_taken(),
+                source=hidden_states,
                 dropout=update.dropout if self.training else 0.0,
                 in_place=is_untouched(self.base_layer),
                 backend=self.backend,
@@ -234,9 +237,8 @@ class PLoRALinear(nn.Module):
                 scaling=update.scaling,
                 dropout=dropout,
             )
-        return add_low_rank(
-            output, hidden_states, rows, a, b, scaling=update.scaling, dropout=dropout
-        )
+        add = triton_operators.add_low_rank if self.backend == "triton" else add_low_rank
+        return add(output, hidden_states, rows, a, b, scaling=update.scaling, dropout=dropout)
 
     def _dense_weight(self) -> Tensor:
         weight = dense_weight(self.base_layer)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from plora.rows import Rows
-from plora.update import chosen_rows
 
 
 class Taken:
@@ -23,7 +22,7 @@ class Taken:
         self._chosen: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def take(self, hidden_states: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """What `plora.update.chosen_rows` returns, shared between calls with the same tensor.
+        """What `chosen_rows` returns, shared between calls with the same tensor.
 
         Args:
             hidden_states: (..., K).
@@ -52,3 +51,24 @@ class Taken:
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
         if self._input is gone:
             self._chosen = {}
+
+
+def chosen_rows(hidden_states: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """The chosen rows as (R, K) of `dtype`, connected to `hidden_states` for second derivatives.
+
+    One run of rows is a view while no gradient is wanted; with one a copy, lest the view keep all
+    positions in memory until the backward pass.
+    """
+    taken = rows.take(hidden_states.reshape(-1, hidden_states.shape[-1]))
+    part = rows.runs is not None and len(rows) * taken.shape[-1] < hidden_states.numel()
+    if part and len(rows.runs or ()) == 1 and torch.is_grad_enabled():
+        taken = taken.clone()
+    return taken.to(dtype)
+
+
+def compute_dtype(hidden_states: Tensor) -> torch.dtype:
+    """The dtype of the update: that of the layer's input, or what autocast makes of it."""
+    kind, dtype = hidden_states.device.type, hidden_states.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype

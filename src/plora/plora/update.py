@@ -14,13 +14,14 @@ rank.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from plora.backends import Backend, resolve, torch_backend
+from plora.backends import Backend, resolve, torch_backend, triton_launch
 from plora.rows import Rows
+from plora.taken import Taken
 
 
 def shrink(
@@ -28,20 +29,25 @@ def shrink(
     rows: Rows,
     lora_a: Tensor,
     *,
-    chosen: Tensor,
+    dtype: torch.dtype,
+    taken: Taken | None = None,
+    source: Tensor | None = None,
     dropout: float = 0.0,
     in_place: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """``h = A dropout(x)`` of the chosen rows, and x for the base layer.
 
-    Equals: ``hidden_states, F.linear(F.dropout(chosen, dropout), lora_a)``
+    Equals: ``hidden_states, F.linear(F.dropout(rows.take(hidden_states), dropout), lora_a)``
 
     Args:
         hidden_states: (..., K), the base layer's input.
         rows: Indices into the P flattened leading positions.
-        lora_a: (r, K); it is cast to the dtype of `chosen`.
-        chosen: (R, K), what `chosen_rows` returns of `hidden_states`.
+        lora_a: (r, K); it is cast to `dtype`.
+        dtype: In which the update is computed.
+        taken: Of the pass, whose layers share what they read; None for a layer alone.
+        source: What `hidden_states` is an alias of, if another update came before: what `taken`
+            knows.
         dropout: Probability of dropping a feature of a chosen row; 0 outside training.
         in_place: Whether the base layer's gradient of its input may be written into: nothing else
             reads it.
@@ -49,15 +55,22 @@ def shrink(
 
     Returns:
         An alias of `hidden_states`, which the base layer has to be called with, and h, (R, r) of
-        the dtype of `chosen`.
+        `dtype`.
     """
+    name = _backend(backend, rows, hidden_states, dtype, lora_a.shape[0])
+    learns = hidden_states.requires_grad or lora_a.requires_grad
+    recorded = torch.is_grad_enabled() and learns
+    if name == "triton" and not recorded and dropout == 0.0 and hidden_states.dtype == dtype:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return hidden_states, triton_launch.shrink(flat, rows.index, lora_a.to(dtype))
+    read = hidden_states if source is None else source
+    chosen = (Taken() if taken is None else taken).take(read, rows, dtype)
     keep = None
     if dropout > 0.0:
         keep = torch.empty_like(chosen, dtype=torch.bool).bernoulli_(1.0 - dropout)
     kept = 1.0 / (1.0 - dropout)
-    if not torch.is_grad_enabled() or not (hidden_states.requires_grad or lora_a.requires_grad):
-        return hidden_states, torch_backend.down(_drop(chosen, keep, kept), lora_a.to(chosen.dtype))
-    name = resolve(backend, chosen.device, chosen.dtype, chosen.numel())
+    if not recorded:
+        return hidden_states, torch_backend.down(_drop(chosen, keep, kept), lora_a.to(dtype))
     alias, low = _Shrink.apply(  # type: ignore[no-untyped-call]  # torch's
         hidden_states, chosen, lora_a, keep, rows.index, rows.runs, kept, in_place, name
     )
@@ -90,36 +103,23 @@ def expand(
     Returns:
         (..., N), dtype of `output`, which must not be used any more if it was written into.
     """
-    name = resolve(backend, low.device, low.dtype, len(rows) * output.shape[-1])
+    name = _backend(backend, rows, output, low.dtype, lora_b.shape[1])
     result = _Expand.apply(  # type: ignore[no-untyped-call]  # torch's
         output, low, lora_b, rows.index, rows.runs, scaling, in_place, name
     )
     return cast(Tensor, result)
 
 
-def chosen_rows(hidden_states: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-    """The chosen rows as (R, K) of `dtype`, connected to `hidden_states` for second derivatives.
-
-    One run of rows is a view while no gradient is wanted; with one a copy, lest the view keep all
-    positions in memory until the backward pass.
-    """
-    taken = rows.take(hidden_states.reshape(-1, hidden_states.shape[-1]))
-    part = rows.runs is not None and len(rows) * taken.shape[-1] < hidden_states.numel()
-    if part and len(rows.runs or ()) == 1 and torch.is_grad_enabled():
-        taken = taken.clone()
-    return taken.to(dtype)
-
-
-def compute_dtype(hidden_states: Tensor) -> torch.dtype:
-    """The dtype of the update: that of the layer's input, or what autocast makes of it."""
-    kind, dtype = hidden_states.device.type, hidden_states.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return dtype
-
-
 def _drop(chosen: Tensor, keep: Tensor | None, kept: float) -> Tensor:
     return chosen if keep is None else chosen * keep * kept
+
+
+def _backend(
+    backend: Backend, rows: Rows, values: Tensor, dtype: torch.dtype, rank: int
+) -> Literal["triton", "torch"]:
+    if backend == "auto" and rows.runs is not None:
+        return "torch"  # views of few runs leave nothing to gather
+    return resolve(backend, values.device, dtype, len(rows) * values.shape[-1], rank)
 
 
 def _scaled(values: Tensor, scaling: float) -> Tensor:
@@ -129,7 +129,10 @@ def _scaled(values: Tensor, scaling: float) -> Tensor:
 def _add_up(
     matrix: Tensor, rows: Rows, low: Tensor, weight: Tensor, scaling: float, name: str
 ) -> None:
-    torch_backend.add_up_(matrix, rows, low, weight, scaling)
+    if name == "triton":
+        triton_launch.expand_(matrix, rows.index, low, weight, scaling)
+    else:
+        torch_backend.add_up_(matrix, rows, low, weight, scaling)
 
 
 # Neither has a setup_context: torch would look at the signature in every call, for 0.1 ms.
@@ -209,6 +212,15 @@ class _Expand(torch.autograd.Function):
             return (None,) * 8
         low, lora_b, index = ctx.saved_tensors
         rows = Rows(index, ctx.runs)
+        if ctx.name == "triton" and not torch.is_grad_enabled():
+            flat = d_output.reshape(-1, d_output.shape[-1]).to(low.dtype)
+            weight = lora_b.to(low.dtype).mT
+            return (
+                d_output,
+                triton_launch.shrink(flat, index, weight, ctx.scaling),
+                triton_launch.outer(low, flat, index, ctx.scaling).to(lora_b.dtype).mT,
+                *(None,) * 5,
+            )
         d_rows = rows.take(d_output.reshape(-1, d_output.shape[-1])).to(low.dtype)
         d_low = d_b = None
         if ctx.needs_input_grad[1]:

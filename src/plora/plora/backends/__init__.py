@@ -10,6 +10,8 @@ import torch
 
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
+# The kernels hold a whole row of rank r on the chip.
+MOST_RANK = 256
 # Elements of the chosen rows from which on "auto" takes the kernels: below, launching them one by
 # one costs more than the copies that they save.
 LEAST_ELEMENTS = 2**20
@@ -23,7 +25,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
     """Say what keeps the Triton kernels from running on such tensors; None if nothing does.
 
     Triton's interpreter, which runs kernels on a CPU, is for tests: it is used where it is asked
@@ -36,11 +38,13 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the tensors are on {device.type}, its kernels need a GPU; move them there"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels compute in float32 at most, the tensors are {dtype}; cast them"
+    if rank > MOST_RANK:
+        return f"its kernels take a rank of at most {MOST_RANK}, this one is {rank}; lower it"
     return None
 
 
 def resolve(
-    backend: Backend, device: torch.device, dtype: torch.dtype, elements: int
+    backend: Backend, device: torch.device, dtype: torch.dtype, elements: int, rank: int
 ) -> Literal["triton", "torch"]:
     """Turn "auto" into the backend that runs, and check one that was chosen.
 
@@ -48,14 +52,15 @@ def resolve(
         backend: As the caller gave it.
         device: Of the tensors.
         dtype: In which the update is computed.
-        elements: Of the chosen rows, R times the layer's wider side.
+        elements: Of the chosen rows, R times the features on this side of the layer.
+        rank: r.
 
     Raises:
         ValueError: Triton was chosen and cannot run; the message says why.
     """
     if backend == "auto":
         large = device.type == "cuda" and elements >= LEAST_ELEMENTS
-        return "triton" if large and why_not_triton(device, dtype) is None else "torch"
-    if backend == "triton" and (reason := why_not_triton(device, dtype)) is not None:
+        return "triton" if large and why_not_triton(device, dtype, rank) is None else "torch"
+    if backend == "triton" and (reason := why_not_triton(device, dtype, rank)) is not None:
         raise ValueError(f'backend: "triton" cannot run here: {reason}, or choose backend="auto"')
     return backend
