@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -93,6 +94,21 @@ def test_what_was_in_the_place_of_forward_is_called_and_restored(llama, randomis
     assert calls == [1]
     remove_plora(llama)
     assert llama.forward is mine
+
+
+def test_accelerate_wraps_and_unwraps_it(llama, randomised, span):
+    model, ids, mask = randomised(llama), torch.arange(4)[None], span(4, (1, 3))
+    expected = model(input_ids=ids, plora_mask=mask).logits
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(model)
+    low = prepared(input_ids=ids, plora_mask=mask).logits
+    torch.testing.assert_close(low, expected, rtol=0.1, atol=0.1)
+    assert not torch.equal(low, expected)
+    again = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(again(input_ids=ids, plora_mask=mask).logits, expected)
+    assert "plora_mask" in inspect.signature(again.forward).parameters
+    assert "forward" not in vars(remove_plora(again))
+    assert torch.equal(again(input_ids=ids).logits, llama(input_ids=ids).logits)
 
 
 class Rows(torch.utils.data.Dataset):

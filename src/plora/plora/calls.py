@@ -20,60 +20,89 @@ ARGUMENT = "plora_mask"
 _METHODS = ("forward", "generate")
 
 
-class MaskedMethod:
-    """A method of `model` that takes ``plora_mask`` besides its own arguments.
+class MaskedFunction:
+    """The function of a method that takes ``plora_mask`` besides its own arguments.
 
     Args:
-        model: Whose method; the class of the model is asked for it at each call.
+        owner: The class of the model.
         name: Of the method.
+        before: What stood in the place of the class's method, such as a wrapper; or None.
     """
 
-    def __init__(self, model: nn.Module, name: str) -> None:
-        self.model = model
+    def __init__(self, owner: type, name: str, before: Callable[..., Any] | None) -> None:
+        self.owner = owner
         self.name = name
-        # what stood in the place of the class's method before, such as a wrapper of accelerate
-        self.before: Callable[..., Any] | None = vars(model).get(name)
+        self.before = before
 
     def __call__(
         self,
+        model: nn.Module,
+        /,
         *args: Any,
         plora_mask: Tensor | Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The method, with `plora_mask` around it; None leaves the mask that is around the call."""
+        if self.before is None:
+            # the class of now: sharding puts another one in the place of the owner
+            method: Callable[..., Any] = getattr(type(model), self.name).__get__(model)
+        else:
+            method = self.before
         if plora_mask is None:
-            return self._method()(*args, **kwargs)
+            return method(*args, **kwargs)
         with masks.plora_mask(plora_mask):
-            return self._method()(*args, **kwargs)
+            return method(*args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The method's signature, with ``plora_mask`` in it."""
-        signature = inspect.signature(self._method())
+        """The signature with the model in front, and with ``plora_mask``."""
+        first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        if self.before is None:
+            parameters = [*inspect.signature(getattr(self.owner, self.name)).parameters.values()]
+            first, parameters = parameters[0], parameters[1:]
+        else:
+            parameters = [*inspect.signature(self.before).parameters.values()]
         own = inspect.Parameter(ARGUMENT, inspect.Parameter.KEYWORD_ONLY, default=None)
-        parameters = [*signature.parameters.values(), own]
         # keyword-only parameters come before **kwargs
-        return signature.replace(parameters=sorted(parameters, key=lambda one: one.kind))
+        rest = sorted([*parameters, own], key=lambda one: one.kind)
+        return inspect.Signature([first, *rest])
 
-    def _method(self) -> Callable[..., Any]:
-        if self.before is not None:
-            return self.before
-        bound: Callable[..., Any] = getattr(type(self.model), self.name).__get__(self.model)
-        return bound
+
+class MaskedMethod:
+    """A `MaskedFunction` bound to `model`, as a method would be.
+
+    No method, because a pickled one is looked up by its name, in the class. accelerate takes
+    ``__func__`` apart from the model to wrap it, and binds it again.
+    """
+
+    def __init__(self, function: MaskedFunction, model: nn.Module) -> None:
+        self.__func__ = function
+        self.__self__ = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the model."""
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The function's signature, without the model."""
+        signature = inspect.signature(self.__func__)
+        return signature.replace(parameters=[*signature.parameters.values()][1:])
 
 
 def take_masks(model: nn.Module) -> None:
     """Let the methods of `model` take ``plora_mask``."""
     for name in _METHODS:
         if callable(getattr(model, name, None)):
-            setattr(model, name, MaskedMethod(model, name))
+            function = MaskedFunction(type(model), name, vars(model).get(name))
+            setattr(model, name, MaskedMethod(function, model))
 
 
 def give_methods_back(model: nn.Module) -> None:
     """Undo `take_masks`."""
     for name in _METHODS:
-        method = vars(model).get(name)
-        if isinstance(method, MaskedMethod):
+        function = getattr(vars(model).get(name), "__func__", None)
+        if isinstance(function, MaskedFunction):
             delattr(model, name)
-            if method.before is not None:
-                setattr(model, name, method.before)
+            if function.before is not None:
+                setattr(model, name, function.before)
