@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_losses import triton_rows
 from kd_losses.block_losses import Block, block_losses, losses_per_row
 from kd_losses.head import (
     LinearHead,
@@ -106,10 +107,17 @@ def _compute(
                 student[chunk], None if teacher is None else teacher[chunk], head, teacher_head,
                 buffer,
             )  # fmt: skip
-            scales = _blocks(
-                logits, losses[:, chunk], head, teacher_head, [extra[chunk] for extra in extras],
-                kind, parameter, temperature, with_gradient, room,
-            )  # fmt: skip
+            scales = None
+            if backend == "triton":
+                triton_rows.forward_kl(
+                    logits, losses[0, chunk], head, teacher_head, temperature, with_gradient
+                )
+            else:
+                scales = _blocks(
+                    logits, losses[:, chunk], head, teacher_head,
+                    [extra[chunk] for extra in extras], kind, parameter, temperature,
+                    with_gradient, room,
+                )  # fmt: skip
             if with_gradient:
                 pull_back(logits[-1], scales, weight, gradient[chunk])
     return losses, gradient

@@ -22,6 +22,7 @@ from kd_losses.head import (
 )
 from kd_losses.reduction import Reduction, check_reduction, check_temperature, reduce_loss
 from kd_losses.selection import select_pair
+from kd_losses.triton_rows import why_not_dtype
 
 
 def _trainable_head_losses(
@@ -180,7 +181,7 @@ def _why_not_kernels(divergence: str, head: LinearHead, trainable: bool) -> str 
         return "the head wants a gradient, and the kernels compute none for it"
     if head.softcap is not None:
         return "the kernels know no soft cap"
-    return None
+    return why_not_dtype(head.weight.dtype)
 
 
 def pair_heads(

@@ -123,12 +123,22 @@ def check_bias(name: str, bias: Tensor, weight: Tensor) -> None:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, differentiably; any other tensor as it is."""
+    """The whole of a sharded tensor; any other tensor as it is.
+
+    Its gradient is averaged over the processes, as FSDP does with those of all other parameters;
+    where they share the data, as under tensor parallelism, it is the same in all of them anyway.
+    """
     if is_available():
-        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import DTensor, Partial
 
         if isinstance(tensor, DTensor):
-            return tensor.full_tensor()
+            if not tensor.requires_grad:
+                return tensor.full_tensor()
+            whole = tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+            processes = tensor.device_mesh.size()
+            # gloo knows no averages
+            whole.register_hook(lambda gradient: gradient / processes)
+            return whole
     return tensor
 
 
