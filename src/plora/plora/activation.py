@@ -119,7 +119,7 @@ class Frame:
 
 def current_activation() -> Activation | None:
     """The activation of the decoder pass that is running, or None outside of one."""
-    frame = state().top
+    frame: Frame | None = state().top
     return None if frame is None else frame.activation
 
 

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from plora.activation import Frame
-    from plora.mask import Marked
+from typing import Any
 
 
 class State:
     """One thread's record.
 
     Attributes:
-        masks: Modality -> its mask, of the innermost `plora_mask` block; None outside of any.
+        masks: Modality -> its mask (``mask.Marked``), of the innermost `plora_mask` block; None
+            outside of any.
         disabled: Ids of the modules that are switched off.
-        top: The decoder pass opened last; passes nest like calls do, so it is the running one.
+        top: The decoder pass opened last (``activation.Frame``); passes nest like calls do, so it
+            is the running one.
     """
 
     def __init__(self) -> None:
-        self.masks: Mapping[str, Marked] | None = None
+        self.masks: Mapping[str, Any] | None = None
         self.disabled: frozenset[int] = frozenset()
-        self.top: Frame | None = None
+        self.top: Any = None
 
 
 class _PerThread(threading.local):
