@@ -5,7 +5,7 @@
 Shapes: B batch, T positions, K input features, N output features, r the rank; a share of the
 positions is masked. x requires a gradient, the layer is frozen, A and B are float32. Each
 implementation is compared with float64 before it is timed. What a row of results/plora-DEVICE.jsonl
-holds beside measure.py's, where extra_ms is the time over the base layer's in the same turn:
+holds beside measure.py's, where extra_ms is the time over the base layer's:
 
     pass       forward+backward of one layer, or decode: 8 tokens, one at a time, through a small
                Llama whose cache holds 128 positions

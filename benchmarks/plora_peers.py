@@ -75,10 +75,9 @@ def base_layer(problem: Problem) -> Implementation:
 def ours(problem: Problem, mask: Tensor, backend: str) -> Implementation:
     """`plora`, its mask included."""
     config = PLoRAConfig(r=len(problem.a), lora_alpha=len(problem.a), lora_dropout=problem.dropout)
-    model = apply_plora(Layer(problem.base), config)
+    model = apply_plora(Layer(problem.base), config, backend=backend)
     layer = model.linear
     assert isinstance(layer, PLoRALinear)
-    layer.backend = backend
     parameters = list(layer.trained().values())
     with torch.no_grad():
         for parameter, value in zip(parameters, (problem.a, problem.b), strict=True):

@@ -269,6 +269,8 @@ def test_what_cannot_run_says_why(monkeypatch):
     assert why_not_triton(torch.device("cuda"), torch.bfloat16, 16) is None
     assert "float64" in why_not_triton(torch.device("cuda"), torch.float64, 16)
     assert "rank" in why_not_triton(torch.device("cuda"), torch.float32, 512)
+    with pytest.raises(ValueError, match=r"backend: expected one of.*got 'cuda'"):
+        apply_plora(nn.Sequential(nn.Linear(2, 2)), PLoRAConfig(), backend="cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match=r'on cpu, its kernels need a GPU.*backend="auto"'):
         resolve("triton", cpu, torch.float32, 2**24, 16)

@@ -50,6 +50,7 @@ class PLoRALinear(nn.Module):
         config: Rank, scale and dropout; or one configuration for each modality that adapts this
             layer, by name.
         dtype: Of A, B and the magnitude.
+        backend: As for `apply_plora`.
 
     Raises:
         TypeError: `base_layer` is not a linear layer, or DoRA is asked for and its weight is no
@@ -62,6 +63,7 @@ class PLoRALinear(nn.Module):
         config: PLoRAConfig | Mapping[str, PLoRAConfig],
         *,
         dtype: torch.dtype = torch.float32,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         shape = linear_features(base_layer)
@@ -80,7 +82,7 @@ class PLoRALinear(nn.Module):
         # A layer that was named has to fit; one of "all-linear" may turn out not to
         self.may_be_left_out = all(one.target_modules == ALL_LINEAR for one in configs.values())
         self.left_out: str | None = None
-        self.backend: Backend = "auto"
+        self.backend = backend
         self.settled = False  # whether what the first pass found has been told
         self._create(dtype, named=configs.keys() != {DEFAULT})
         self.train(base_layer.training)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from plora.backends import Backend, check_backend
 from plora.bases import linear_features
 from plora.calls import give_methods_back, take_masks
 from plora.config import ALL_LINEAR, DEFAULT, PLoRAConfig
@@ -17,7 +18,12 @@ from plora.names import in_layers, matches
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply_plora(model: Model, config: PLoRAConfig | Mapping[str, PLoRAConfig]) -> Model:
+def apply_plora(
+    model: Model,
+    config: PLoRAConfig | Mapping[str, PLoRAConfig],
+    *,
+    backend: Backend = "auto",
+) -> Model:
     """Wrap the linear layers of `model`'s decoder in `PLoRALinear`, in place.
 
     The decoder is ``model.get_decoder()`` where the model has that method, else the model itself;
@@ -38,16 +44,21 @@ def apply_plora(model: Model, config: PLoRAConfig | Mapping[str, PLoRAConfig]) -
     Args:
         model: Any model; with transformers' models, also generation and its caches are covered.
         config: What to adapt; or modality -> what to adapt for it.
+        backend: What computes the update: ``"torch"``, ``"triton"``, or ``"auto"``, which takes
+            the Triton kernels on a GPU for layers that are large enough and rows that are not a
+            few spans known on the CPU. It is not saved.
 
     Returns:
         `model` itself.
 
     Raises:
         ValueError: The model has PLoRA or another adapter already, no layer fits the configuration,
-            a layer to wrap is shared between two places, or a modality's name is no identifier.
+            a layer to wrap is shared between two places, a modality's name is no identifier, or
+            `backend` is unknown.
         TypeError: A name in `target_modules` belongs to something that is not a linear layer, or
             DoRA is asked for on a quantised one. The model is as it was then.
     """
+    check_backend(backend)
     configs = _by_modality(config)
     if find_scope(model) is not None:
         raise ValueError(
@@ -64,7 +75,9 @@ def apply_plora(model: Model, config: PLoRAConfig | Mapping[str, PLoRAConfig]) -
         for path in found:
             wanted.setdefault(path, {})[name] = one.at(path)
     # All are made before one is put in its place, so that an error leaves the model alone
-    wrapped = {path: PLoRALinear(base, wanted[path]) for path, base in targets.items()}
+    wrapped = {
+        path: PLoRALinear(base, wanted[path], backend=backend) for path, base in targets.items()
+    }
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     model.requires_grad_(False)
     for path, layer in wrapped.items():
