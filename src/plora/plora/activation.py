@@ -125,7 +125,7 @@ def current_activation() -> Activation | None:
 
 def current_taken() -> Taken:
     """What the layers of the pass that is running share."""
-    frame = state().top
+    frame: Frame | None = state().top
     assert frame is not None, "current_taken is called within a pass"
     if frame.taken is None:
         frame.taken = Taken()
@@ -138,7 +138,8 @@ def open_pass(owner: object) -> None:
     Hooks do not run when a pass ends by KeyboardInterrupt. What such a pass left behind, above and
     including an earlier frame of the same decoder, is dropped here.
     """
-    below = frame = state().top
+    frame: Frame | None = state().top
+    below = frame
     while frame is not None:
         if frame.owner == id(owner):
             below = frame.below
@@ -148,14 +149,14 @@ def open_pass(owner: object) -> None:
 
 def set_activation(activation: Activation) -> None:
     """Give the pass opened last its activation."""
-    frame = state().top
+    frame: Frame | None = state().top
     assert frame is not None, "set_activation is called between open_pass and close_pass"
     state().top = Frame(frame.owner, activation, frame.below)
 
 
 def close_pass(owner: object) -> None:
     """End the pass of `owner`; nothing happens where it was never opened."""
-    frame = state().top
+    frame: Frame | None = state().top
     if frame is not None and frame.owner == id(owner):
         state().top = frame.below
 
