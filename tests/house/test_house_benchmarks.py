@@ -10,6 +10,9 @@ import pytest
 import torch
 from benchmarks.cif import Setting, check
 from benchmarks.cif_peers import IMPLEMENTATIONS
+from benchmarks.kd_losses import TOLERANCES as KL_TOLERANCES
+from benchmarks.kd_losses import Setting as KLSetting
+from benchmarks.kd_losses import check as check_kl
 from benchmarks.measure import read, take_turns, write
 from benchmarks.memory import HAS_GLIBC, fresh, page_faults, peak_mib
 from benchmarks.plora import Case, problem_of, saved_mib
@@ -40,9 +43,30 @@ def measured(path):
     return rows
 
 
-def test_the_pieces_benchmark_runs_and_its_implementations_agree(results):
-    rows = measured(results[0] / "pieces.jsonl")
-    assert {row["case"] for row in rows} == {"linear_kl_div"}
+def test_the_kd_losses_benchmark_runs_checks_and_says_what_it_skips(results):
+    folder, printed = results
+    rows = measured(folder / "kd_losses-cpu.jsonl")
+    names = {row["implementation"] for row in rows}
+    assert names >= {"F.kl_div", "linear_kl_div", "linear_kl_div, two heads"}
+    for row in rows:
+        assert row["error_gradient"] <= KL_TOLERANCES[getattr(torch, row["dtype"])]
+        assert row["over_products"] == pytest.approx(row["median_ms"] / row["products_ms"])
+    skipped = [row for row in read(folder / "kd_losses-cpu.jsonl") if "skipped" in row]
+    assert {"Liger, Triton", "linear_kl_div, Triton"} <= {row["implementation"] for row in skipped}
+    assert "skipped: its kernels need a GPU" in printed
+    assert (folder / "kd_losses-cpu.svg").read_text().startswith("<?xml")
+
+
+def test_the_numerics_of_the_kl_keep_their_promise(results):
+    rows = read(results[0] / "kd_losses_numerics-cpu.jsonl")
+    for row in rows:
+        assert row["kl"] == pytest.approx(float(row["case"].split()[1]), rel=0.05)
+        if row["implementation"] == "delta form":
+            assert row["error_gradient"] < 0.02
+            assert row["smallest"] >= 0
+    naive = [row for row in rows if row["implementation"] == "F.kl_div" and row["kl"] < 0.01]
+    assert all(row["error_gradient"] > 0.1 for row in naive)
+    assert (results[0] / "kd_losses_numerics-cpu.svg").read_text().startswith("<?xml")
 
 
 def test_the_plora_benchmark_runs_checks_and_says_what_it_skips(results):
@@ -184,13 +208,12 @@ def test_the_floor_counts_the_bytes_that_must_move():
     assert floor["forward+backward"] == floor["forward"] + floor["backward"]
 
 
-def test_a_wrong_implementation_is_not_timed():
-    from benchmarks.pieces import check_agreement
-
-    right, wrong = (lambda: [torch.ones(3)]), (lambda: [torch.tensor([1.0, 1.0, 1.1])])
-    check_agreement("case", {"first": right, "second": right}, tol=1e-3)
-    with pytest.raises(AssertionError, match="second is off"):
-        check_agreement("case", {"first": right, "second": wrong}, tol=1e-3)
+def test_a_wrong_kl_is_not_timed():
+    setting = KLSetting((4, 3, 5), torch.float32, "cpu")
+    check_kl("right", setting, {"error_gradient": 1e-6})
+    for error in (2e-4, math.nan):
+        with pytest.raises(AssertionError, match=r"wrong in torch.float32: error of the gradient"):
+            check_kl("wrong", setting, {"error_gradient": error})
 
 
 def test_the_gpu_script_is_valid_and_asks_for_its_folder():

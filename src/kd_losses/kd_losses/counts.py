@@ -17,8 +17,8 @@ def global_num_items(mask: Tensor, group: distributed.ProcessGroup | None = None
     is divided by the whole.
 
     DistributedDataParallel and FSDP average the processes' gradients, while losses that are divided
-    by the global count are to be added up: multiply the loss by the number of processes, unless
-    the caller does, as the Trainer of transformers does with ``average_tokens_across_devices``.
+    by the global count are to be added up: multiply the loss by the number of processes. The
+    Trainer of transformers does so in its own ``compute_loss``, not in one that overrides it.
 
     Args:
         mask: boolean, of any shape, the positions that count here.
