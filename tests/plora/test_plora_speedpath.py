@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from plora import PLoRAConfig, PLoRALinear, apply_plora, plora_mask
+from plora.backends.torch_backend import add_up_
 from plora.bases import is_untouched
 from plora.rows import Rows, find_runs
 from plora.taken import Taken
@@ -81,6 +82,23 @@ def test_as_exact_as_the_plain_formula(rows, dtype, in_place):
         scale = true.abs().max()
         allowed = (other.double() - true).abs().max() + TOLERANCE[dtype] * scale
         assert (mine.double() - true).abs().max() <= allowed, name
+
+
+def test_long_runs_take_a_product_each(monkeypatch):
+    sizes = []
+    add = torch.Tensor.addmm_
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda self, *a, **k: sizes.append(len(self)) or add(self, *a, **k)
+    )
+    low, weight = torch.randn(300, 2).bfloat16(), torch.randn(2, 5).bfloat16()
+    long = torch.cat([torch.arange(10, 140), torch.arange(200, 370)])
+    for index, expected in ((long, [130, 170]), (long[:150], []), (long[:40], [40])):
+        matrix, start = torch.zeros(400, 5).bfloat16(), len(sizes)
+        add_up_(matrix, Rows.of(index), low[: len(index)], weight, 1.5)
+        assert sizes[start:] == expected
+        wanted = torch.zeros(400, 5)
+        wanted[index] = 1.5 * (low[: len(index)].float() @ weight.float())
+        torch.testing.assert_close(matrix.float(), wanted, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,6 +12,8 @@ from torch import Tensor
 from plora.rows import Rows
 
 _HALVES = (torch.bfloat16, torch.float16)
+# Rows of a run from which on a product of its own costs less than one for all and a sum.
+_LONG_RUN = 128
 
 
 def down(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -33,9 +35,11 @@ def add_up_(matrix: Tensor, rows: Rows, low: Tensor, weight: Tensor, scaling: fl
         weight: (r, C), dtype of `low`.
         scaling: Factor of the product.
     """
-    if matrix.dtype == low.dtype and matrix.dtype in _HALVES and rows.runs is not None:
+    runs = rows.runs or ()
+    fused = len(runs) == 1 or len(rows) >= _LONG_RUN * len(runs) > 0
+    if fused and matrix.dtype == low.dtype and matrix.dtype in _HALVES:
         begin = 0
-        for start, stop in rows.runs:  # the product is rounded once, after the sum
+        for start, stop in runs:  # the product is rounded once, after the sum
             part = low[begin : begin + stop - start]
             matrix[start:stop].addmm_(part, weight, alpha=scaling)
             begin += stop - start
