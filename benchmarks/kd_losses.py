@@ -4,11 +4,10 @@
 
 Shapes: n tokens, H width, V vocabulary. Teacher and student share a frozen head; what is timed is
 the mean KL and its gradient with respect to the student's hidden states, forward and backward.
-Logits have a standard
-deviation of 4, which leaves the teacher about 3 nats of entropy, and KL is about 0.1. torchtune and Liger are other people's
-packages, imported if they are there; rows of what is not say so. Each implementation is compared
-with float64 before it is timed. What a row of results/kd_losses-DEVICE.jsonl holds beside
-measure.py's:
+Logits have a standard deviation of 4, which leaves the teacher about 3 nats of entropy, and KL is
+about 0.1. torchtune and Liger are other people's packages, imported if they are there; rows of what
+is not say so. Each implementation is compared with float64 before it is timed. What a row of
+results/kd_losses-DEVICE.jsonl holds beside measure.py's:
 
     error_gradient  against float64, relative to the norm
     error_value     relative
