@@ -6,6 +6,10 @@ Shapes: B batch, T positions, K input features, N output features, r the rank; a
 positions is masked. x requires a gradient, the layer is frozen, A and B are float32. Each
 implementation is compared with float64 before it is timed. What a row of results/plora-DEVICE.jsonl
 holds beside measure.py's, where extra_ms is the time over the base layer's:
+    added_ms   on a CPU, the time of a call outside of the layer's own two products, over that of
+               the base layer alone: from the profiler, whose time is in it, the median of 7 calls.
+               The products take most of a call, and from one to the next they differ by more than
+               an adapter adds; extra_ms has that noise.
 
     pass       forward+backward of one layer, or decode: 8 tokens, one at a time, through a small
                Llama whose cache holds 128 positions
@@ -20,14 +24,17 @@ PEFT adapts every position, whatever the mask. With dropout the results are rand
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import measure, plora_report
+from benchmarks import measure, memory, plora_report
 from benchmarks.plora_peers import (
     IMPLEMENTATIONS,
     TOLERANCES,
@@ -133,6 +140,33 @@ def check(
     return errors
 
 
+def added_ms(turns: dict[str, Callable[[], object]], case: Case) -> dict[str, float]:
+    """Name -> milliseconds outside of the layer's own products, over those of the first."""
+    batch, length, width, out, _ = case.shape
+    forward = ([batch * length, width], [width, out])
+    backward = ([batch * length, out], [out, width])
+    memory.recycled()
+    found: dict[str, list[float]] = {name: [] for name in turns}
+    for turn in range(8):
+        for name, call in turns.items():
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+                start = time.perf_counter()
+                call()
+                total = time.perf_counter() - start
+            events = profiler.key_averages(group_by_input_shape=True)
+            products = sum(
+                event.self_cpu_time_total
+                for event in events
+                if tuple(event.input_shapes[:2]) in (forward, backward) and event.key == "aten::mm"
+            )
+            assert products > 0, f"{name}: the base layer's products are not seen"
+            if turn:
+                found[name].append(total * 1e3 - products / 1e3)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    first = next(iter(medians.values()))
+    return {name: value - first for name, value in medians.items()}
+
+
 def saved_mib(implementation: Implementation, problem: Problem, x: Tensor) -> float:
     """MiB of the storages that a forward pass keeps for the backward pass, without parameters."""
     owned = {p.untyped_storage().data_ptr() for p in implementation.parameters}
@@ -187,6 +221,9 @@ def layer_rows(case: Case, device: str, options: argparse.Namespace) -> Iterator
             return torch.autograd.grad(one.run(x), [x, *one.parameters], upstream)
 
         turns[name] = call
+    if device == "cpu":
+        for name, added in added_ms(turns, case).items():
+            known[name]["added_ms"] = added
     yield from _timed(turns, base, known, device, options)
 
 
