@@ -74,7 +74,7 @@ def linear_cross_entropy(
         num_items: with "mean", divides instead of the number of rows that count: that of the
             whole global batch under gradient accumulation or data parallelism.
         vocab_size: use only the first vocab_size entries of the head; the rest is padding.
-        chunk_size: rows per matrix product; None: at most 128 on a CPU, 1,024 elsewhere.
+        chunk_size: rows per matrix product; None: at most 192 on a CPU, 1,024 elsewhere.
 
     Returns:
         A scalar, or a loss of target's shape, 0 where ignored, for reduction "none"; float32 for

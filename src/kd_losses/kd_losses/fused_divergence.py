@@ -113,7 +113,7 @@ def linear_divergence(
         num_items: with "mean", divides instead of the number of selected positions: the count of
             the whole global batch under gradient accumulation or data parallelism.
         vocab_size: use only the first vocab_size entries of both heads; the rest is padding.
-        chunk_size: rows per matrix product; None: at most 128 on a CPU, 1,024 elsewhere.
+        chunk_size: rows per matrix product; None: at most 192 on a CPU, 1,024 elsewhere.
         backend: for the passes over the logits. "triton" works on forward KL with a frozen head
             without soft cap on a GPU; "auto" takes it where it works.
 
