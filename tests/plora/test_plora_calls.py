@@ -7,6 +7,7 @@ import inspect
 import accelerate
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -96,6 +97,15 @@ def test_what_was_in_the_place_of_forward_is_called_and_restored(llama, randomis
     assert llama.forward is mine
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate settles its precision once a process: forget that before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_accelerate_wraps_and_unwraps_it(llama, randomised, span):
     model, ids, mask = randomised(llama), torch.arange(4)[None], span(4, (1, 3))
     expected = model(input_ids=ids, plora_mask=mask).logits
