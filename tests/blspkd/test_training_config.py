@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from blspkd.training.config import LossesSection, LossSection, TrainConfig, as_dict, load_config
+from blspkd.training.config import LossesSection, LossSection, TrainConfig
+from blspkd.training.config_file import as_dict, load_config
 from blspkd.training.report import table
 from blspkd.training.schedule import check_schedule, weights_at
 

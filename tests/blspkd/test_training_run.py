@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from blspkd.data.manifest import read_manifest, write_manifest
-from blspkd.training.config import load_config
+from blspkd.training.config_file import load_config
 from blspkd.training.dry_run import dry_run
 from blspkd.training.run import train
 

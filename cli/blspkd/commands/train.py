@@ -37,7 +37,7 @@ def command(
     from accelerate import PartialState
 
     from blspkd.model.loading import quieten_transformers
-    from blspkd.training.config import load_config
+    from blspkd.training.config_file import load_config
     from blspkd.training.dry_run import dry_run as run_dry
     from blspkd.training.report import table
     from blspkd.training.run import train

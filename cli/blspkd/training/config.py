@@ -1,16 +1,9 @@
-"""The training configuration: defaults < YAML file < `key=value` on the command line."""
+"""The training configuration: every setting of a run, and its default."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from blspkd.model.configuration import DEFAULT_PROMPT, AdapterType, SpeechEmbedding
 
@@ -195,87 +188,3 @@ class TrainConfig:
     losses: LossesSection = field(default_factory=LossesSection)
     optim: OptimSection = field(default_factory=OptimSection)
     trainer: dict[str, Any] = field(default_factory=dict)
-
-
-def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> TrainConfig:
-    """Read a YAML file and lay ``key=value`` pairs over it.
-
-    Args:
-        path: the YAML file.
-        overrides: such as ``optim.learning_rate=1e-4``; values are YAML, keys are dotted.
-
-    Raises:
-        ValueError: naming the unknown key and the nearest one, or the value and what it should be.
-    """
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
-    values.setdefault("name", path.stem)
-    for pair in overrides:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise ValueError(f"expected key=value, got {pair!r}")
-        place = values
-        *parents, last = key.split(".")
-        for parent in parents:
-            if not isinstance(place.get(parent), dict):
-                place[parent] = {}
-            place = place[parent]
-        place[last] = yaml.safe_load(text)
-    config: TrainConfig = _build(TrainConfig, values, "")
-    return config
-
-
-def as_dict(config: TrainConfig) -> dict[str, Any]:
-    """The resolved configuration, as it is written into the run's folder."""
-    return dataclasses.asdict(config)
-
-
-def _build(kind: Any, values: Any, where: str) -> Any:
-    """A dataclass from a mapping, with every key and value checked."""
-    if kind is LossSection and isinstance(values, (int, float)) and not isinstance(values, bool):
-        values = {"weight": values}
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a mapping, got {values!r}")
-    hints = typing.get_type_hints(kind)
-    arguments = {}
-    for key, value in values.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(hints)}"
-            raise ValueError(f"unknown configuration key {path!r}; {hint}")
-        arguments[key] = _convert(hints[key], value, path)
-    try:
-        return kind(**arguments)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """A YAML value as the type a field declares."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, path)
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in options:
-            return None
-        return _convert(next(o for o in options if o is not type(None)), value, path)
-    if origin is Literal:
-        if value not in options:
-            raise ValueError(f"{path}: expected one of {', '.join(options)}; got {value!r}")
-        return value
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
-            pass
-    kind = origin or hint
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{path}: expected {kind.__name__}, got {value!r}")
-    return value

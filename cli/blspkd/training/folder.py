@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from .config import TrainConfig, as_dict
+from .config import TrainConfig
+from .config_file import as_dict
 
 CONFIG_NAME = "train.yaml"
 LOG_NAME = "log.jsonl"
