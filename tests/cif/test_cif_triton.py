@@ -31,31 +31,6 @@ TOLERANCE = {
 CUT_OFF = 2**-7
 
 
-def _interpreted():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU: the kernels are compiled for it, not interpreted")
-    return "cpu"
-
-
-def _gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return "cuda"
-
-
-@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    return _interpreted() if request.param == "interpreter" else _gpu()
-
-
-@pytest.fixture
-def poisoned():
-    """Fill what torch.empty returns with NaN, so that what a kernel leaves out shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def batch(device, *, frames=19, width=5, dtype=torch.float32, size=1.0, masked=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(3, frames, width, generator=generator).to(device, dtype)
@@ -344,9 +319,8 @@ def test_autocast_changes_nothing(device):
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_kernels_on_a_gpu_and_every_run_is_the_same():
-    device = _gpu()
-    inputs = batch(device, frames=300, width=257)
+def test_auto_takes_the_kernels_on_a_gpu_and_every_run_is_the_same(gpu):
+    inputs = batch(gpu, frames=300, width=257)
     runs = [run(*inputs, backend=name) for name in ("auto", "triton", "triton")]
     for other in runs[1:]:
         assert torch.equal(runs[0][0].hidden_states, other[0].hidden_states)
@@ -355,8 +329,7 @@ def test_auto_takes_the_kernels_on_a_gpu_and_every_run_is_the_same():
 
 
 @pytest.mark.gpu
-def test_fires_on_a_gpu_are_bitwise_those_on_a_cpu():
-    device = _gpu()
+def test_fires_on_a_gpu_are_bitwise_those_on_a_cpu(gpu):
     torch.manual_seed(0)
     alphas = torch.rand(64, 1500)
     for threshold in (1.0, 0.9, 0.37):
@@ -364,7 +337,7 @@ def test_fires_on_a_gpu_are_bitwise_those_on_a_cpu():
             hidden = torch.ones(64, 1500, 1)
             here = cif(hidden, alphas, threshold=threshold, backend="torch", **options)
             there = cif(
-                hidden.to(device), alphas.to(device), threshold=threshold, backend="triton",
+                hidden.to(gpu), alphas.to(gpu), threshold=threshold, backend="triton",
                 **options,
             )  # fmt: skip
             assert torch.equal(here.lengths, there.lengths.cpu())
@@ -373,11 +346,10 @@ def test_fires_on_a_gpu_are_bitwise_those_on_a_cpu():
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_gpu_when_the_length_is_given():
-    device = _gpu()
-    hidden, alphas, mask = batch(device)
+def test_nothing_waits_for_the_gpu_when_the_length_is_given(gpu):
+    hidden, alphas, mask = batch(gpu)
     hidden, alphas = hidden.requires_grad_(), alphas.requires_grad_()
-    targets = torch.tensor([4, 0, 9], device=device)
+    targets = torch.tensor([4, 0, 9], device=gpu)
     for options in ({"target_lengths": targets}, {"tail": "threshold"}, {"tail": "round"}):
         for _ in range(2):  # the first call compiles
             torch.cuda.synchronize()

@@ -22,23 +22,6 @@ TOLERANCE = {
 CUT_OFF = 2**-7
 
 
-def _interpreted():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU: the kernels are compiled for it, not interpreted")
-    return "cpu"
-
-
-def _gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return "cuda"
-
-
-@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    return _interpreted() if request.param == "interpreter" else _gpu()
-
-
 def problem(device, dtype, *, rows=5, words=1003, closeness=0.3, scale=0.4, seed=0):
     made = torch.Generator().manual_seed(seed)
     weight = scale * torch.randn(words, 8, generator=made)
@@ -153,8 +136,8 @@ def test_what_the_kernel_cannot_do_is_an_error_that_says_so(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_kernel_on_a_gpu_and_every_run_is_the_same():
-    inputs = problem(_gpu(), torch.bfloat16, words=50_000, rows=300)
+def test_auto_takes_the_kernel_on_a_gpu_and_every_run_is_the_same(gpu):
+    inputs = problem(gpu, torch.bfloat16, words=50_000, rows=300)
     runs = [run(*inputs, backend=name) for name in ("auto", "triton", "triton")]
     for other in runs[1:]:
         for mine, again in zip(runs[0], other, strict=True):

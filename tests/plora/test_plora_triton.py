@@ -35,31 +35,6 @@ TOLERANCE = {
 CUT_OFF = 2**-6
 
 
-def _interpreted():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU: the kernels are compiled for it, not interpreted")
-    return "cpu"
-
-
-def _gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return "cuda"
-
-
-@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    return _interpreted() if request.param == "interpreter" else _gpu()
-
-
-@pytest.fixture
-def poisoned():
-    """Fill what torch.empty returns with NaN, so that what a kernel leaves out shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def draw(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -280,10 +255,9 @@ def test_what_cannot_run_says_why(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_every_run_is_the_same():
-    device = _gpu()
-    matrix, weight = draw(600, 900).float().to(device), draw(16, 900).float().to(device)
-    index = torch.arange(0, 600, 2, device=device)
+def test_every_run_is_the_same(gpu):
+    matrix, weight = draw(600, 900).float().to(gpu), draw(16, 900).float().to(gpu)
+    index = torch.arange(0, 600, 2, device=gpu)
     low = shrink(matrix, index, weight)
     assert torch.equal(low, shrink(matrix, index, weight))
     assert torch.equal(outer(low, matrix, index), outer(low, matrix, index))
@@ -292,12 +266,11 @@ def test_every_run_is_the_same():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["scattered", "span"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_nothing_waits_for_the_gpu_when_the_mask_is_on_the_cpu(name, backend):
-    device = _gpu()
+def test_nothing_waits_for_the_gpu_when_the_mask_is_on_the_cpu(name, backend, gpu):
     model = nn.Sequential(nn.Linear(24, 20))
-    apply_plora(model, PLoRAConfig(r=4, lora_dropout=0.0)).to(device)
+    apply_plora(model, PLoRAConfig(r=4, lora_dropout=0.0)).to(gpu)
     model[0].backend = backend
-    x = draw(2, 9, 24).float().to(device).requires_grad_()
+    x = draw(2, 9, 24).float().to(gpu).requires_grad_()
     for _ in range(2):  # the first call compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
