@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks.chart import bars
+from benchmarks.measure import Row, select
 
-Row = dict[str, Any]
 BOTH = "forward+backward"
 MAIN = "8x1500x1280 N60-400"
 # times faster, forward + backward, on a CPU and a GPU
@@ -36,15 +35,6 @@ def ours(rows: list[Row]) -> str:
     """The fastest of cif's own backends among rows of one case and pass."""
     own = [row for row in rows if row["implementation"].startswith("cif (")]
     return str(min(own, key=lambda row: row["median_ms"])["implementation"])
-
-
-def select(rows: list[Row], **wanted: object) -> list[Row]:
-    """The rows that were measured and have these values."""
-    return [
-        row
-        for row in rows
-        if "skipped" not in row and all(row[key] == value for key, value in wanted.items())
-    ]
 
 
 def goals(rows: list[Row]) -> list[str]:

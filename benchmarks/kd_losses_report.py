@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks.chart import bars
+from benchmarks.measure import Row, select
 
-Row = dict[str, Any]
 PEER = "F.kl_div"
 OURS = "linear_kl_div"
 MAIN = {"cpu": "512x576x49152", "cuda": "4096x3584x152064"}
@@ -28,15 +27,6 @@ def line(row: Row) -> str:
         f"{start}{row['median_ms']:8.1f} ms  x {row['over_first']:<5.2f} {fresh}{peak}"
         f"products x {row['over_products']:.2f}, error {row['error_gradient']:.1e}"
     )
-
-
-def select(rows: list[Row], **wanted: object) -> list[Row]:
-    """The rows that were measured and have these values."""
-    return [
-        row
-        for row in rows
-        if "skipped" not in row and all(row[key] == value for key, value in wanted.items())
-    ]
 
 
 def groups(rows: list[Row]) -> list[list[Row]]:

@@ -21,11 +21,13 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import memory
 
+Row = dict[str, Any]
 # What was measured; rows that agree in it are replaced together.
 IDENTITY = ("case", "implementation", "shape", "dtype", "device", "threads")
 
@@ -206,6 +208,15 @@ def write(rows: list[dict[str, object]], path: Path) -> None:
 def read(path: Path) -> list[dict[str, object]]:
     """The rows of a jsonl file."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def select(rows: list[Row], **wanted: object) -> list[Row]:
+    """The rows that were measured and have these values."""
+    return [
+        row
+        for row in rows
+        if "skipped" not in row and all(row[key] == value for key, value in wanted.items())
+    ]
 
 
 def _identity(row: dict[str, object]) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chart import bars
+from benchmarks.measure import Row, select
 
-Row = dict[str, Any]
 LAYER, DECODE = "forward+backward", "decode"
 OURS = ("plora, one span", "plora, scattered", "plora, triton")
 # the case that the goals speak of, by device
@@ -28,15 +28,6 @@ def line(row: Row) -> str:
         f"{start}{row['median_ms']:9.3f} ms  x {row['over_first']:.3f}  "
         f"adds {_added(row):8.3f} ms  {saved}{peak}"
     )
-
-
-def select(rows: list[Row], **wanted: object) -> list[Row]:
-    """The rows that were measured and have these values."""
-    return [
-        row
-        for row in rows
-        if "skipped" not in row and all(row[key] == value for key, value in wanted.items())
-    ]
 
 
 def goals(rows: list[Row]) -> list[str]:
