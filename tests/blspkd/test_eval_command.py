@@ -123,6 +123,28 @@ def test_records_without_a_response_are_measured_on_input_alone(run, tiny_corpus
     assert "bleu" in figures["rows"]["speech"]
 
 
+def test_conditions_and_clips_without_speech_stand_beside_the_clean_clips(run, tiny_corpus):
+    code, out, err = run(
+        *(tiny_corpus.manifest, "--task", "continue", "--limit", "3", "--no-speech", "1"),
+        *("--condition", "noise:0", "--condition", "babble:5+telephone"),
+    )
+    assert code == 0, err
+    assert "noise:0" in out
+    assert "pretends" in out
+    folder = run.folder / "eval-continue-manifest"
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert list(figures["conditions"]) == ["noise:0", "babble:5+telephone"]
+    for found in figures["conditions"].values():
+        assert found["rows"]["text"] == figures["rows"]["text"]
+        assert found["meters"]["input_kl"] != figures["meters"]["input_kl"]
+    assert set(figures["no_speech"]["rows"]) == {"cascade", "speech"}
+    assert figures["gaps"]["speech - cascade"]["self_bleu"]["low"] <= 0
+    report = (folder / "report.md").read_text()
+    assert "(conditions.png)" in report
+    assert "## Clips without speech" in report
+    assert (folder / "conditions.png").is_file()
+
+
 def test_falling_short_exits_with_three(run, tiny_corpus):
     limits = ("--fail-under", "transcript_wer=0", "--fail-under", "text/same_answer=1")
     code, _, err = run(tiny_corpus.manifest, "--task", "qa", "--limit", "2", *limits)
@@ -148,6 +170,10 @@ def test_faults_are_told_before_any_weights_are_loaded(run, tiny_corpus, tmp_pat
     assert (code, "has no metric" in err) == (2, True)
     code, _, err = run(manifest, "--task", "qa", "--prompt", "hello")
     assert (code, "{speech} exactly once" in err) == (1, True)
+    code, _, err = run(manifest, "--task", "qa", "--condition", "rain")
+    assert (code, "noise:DB" in err) == (2, True)
+    code, _, err = run(manifest, "--task", "qa", "--limit", "1", "--condition", "babble:3")
+    assert (code, "other clips" in err) == (1, True)
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF and nothing else")
     line = {"audio": str(broken), "text": "x"}

@@ -77,18 +77,6 @@ def test_same_rate_forgives_only_outer_space():
     assert metrics.same_rate(["a", "b", "c"], ["a ", "B", "c"]) == pytest.approx(2 / 3)
 
 
-def test_gap_of_ratios():
-    first, second = [(1, 2), (1, 2)], [(0, 2), (0, 2)]
-    gap = metrics.ratio_gap(first, second)
-    # every resample gives the same: no uncertainty
-    assert (gap.difference, gap.low, gap.high) == (0.5, 0.5, 0.5)
-    noisy = metrics.ratio_gap([(i % 2, 1) for i in range(40)], [(0, 1)] * 40, seed=3)
-    assert noisy.difference == pytest.approx(0.5)
-    # binomial: 0.5 +- 1.96 * sqrt(0.25 / 40) = 0.5 +- 0.155
-    assert noisy.low == pytest.approx(0.345, abs=0.05)
-    assert noisy.high == pytest.approx(0.655, abs=0.05)
-
-
 def test_lists_of_different_length_are_refused():
     with pytest.raises(ValueError, match="got 2 and 1"):
         metrics.same_rate(["a", "b"], ["a"])

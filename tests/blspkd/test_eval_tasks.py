@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 from blspkd.data.manifest import Record
+from blspkd.evaluation.gaps import score_gaps
 from blspkd.evaluation.tasks import (
     ASR_PROMPT,
+    CONTINUE_PROMPT,
     EvalConfig,
     Row,
     references,
-    score_gaps,
     score_rows,
     task_messages,
 )
@@ -33,6 +34,8 @@ def test_prompt_then_own_messages_then_the_task_s_prompt():
     assert said(chats) == [ASR_PROMPT, "Say {speech}"]
     chats = task_messages(records, EvalConfig(task="qa"), "Model: {speech}")
     assert said(chats) == ["Model: {speech}", "Say {speech}"]
+    chats = task_messages(records, EvalConfig(task="continue"), "Model: {speech}")
+    assert said(chats) == [CONTINUE_PROMPT, "Say {speech}"]
     config = EvalConfig(task="asr", prompt="Again: {speech}")
     assert said(task_messages(records, config, "Model: {speech}")) == ["Again: {speech}"] * 2
 
@@ -49,6 +52,7 @@ def test_translation_needs_a_language_and_a_reference():
     assert references([full], "st") == ["X"]
     assert references([full], "asr") == ["x"]
     assert references([full], "qa") is None
+    assert references([full], "continue") is None
 
 
 @pytest.mark.parametrize(
@@ -99,17 +103,25 @@ def test_translations_are_scored_by_bleu_and_questions_only_against_the_model_it
     assert scores["text"]["chrf"] == pytest.approx(100)
     assert 0 < scores["cascade"]["chrf"] < 100
     assert "wer" not in scores["text"]
-    assert set(score_rows("qa", RECORDS, ROWS)["text"]) == {
-        "self_bleu",
-        "self_rouge_l",
-        "same_answer",
-    }
+    for task in ("qa", "continue"):
+        assert set(score_rows(task, RECORDS, ROWS)["text"]) == {
+            "self_bleu",
+            "self_rouge_l",
+            "same_answer",
+        }
 
 
 def test_gaps_are_differences_of_the_scores():
     scores = score_rows("asr", RECORDS, ROWS)
     gaps = score_gaps("asr", RECORDS, ROWS, seed=0)
     assert set(gaps["text"]) == {"wer"}
+    assert set(gaps["cascade"]) == {
+        "wer",
+        "transcript_wer",
+        "self_bleu",
+        "self_rouge_l",
+        "same_answer",
+    }
     for metric, gap in gaps["cascade"].items():
         expected = scores["speech"][metric] - scores["cascade"][metric]
         assert gap.difference == pytest.approx(expected)

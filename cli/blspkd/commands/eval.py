@@ -18,9 +18,10 @@ from .options import model_options, stage_progress, torch_dtype
 @click.argument("manifest", type=click.Path(path_type=Path))
 @click.option(
     "--task",
-    type=click.Choice(["asr", "st", "qa"]),
+    type=click.Choice(["asr", "continue", "st", "qa"]),
     required=True,
-    help="asr: repeat the sentence. st: translate it (column `translation`). qa: answer it.",
+    help="asr: repeat the sentence. continue: go on in its own words, the paper's task. "
+    "st: translate it (column `translation`). qa: answer it.",
 )
 @click.option(
     "--output",
@@ -40,6 +41,22 @@ from .options import model_options, stage_progress, torch_dtype
     "--transcriber",
     metavar="WHISPER",
     help="Whisper model of the cascade.  [default: the model's own encoder's]",
+)
+@click.option(
+    "--condition",
+    "conditions",
+    multiple=True,
+    metavar="CONDITION",
+    help="Beside the clips as they are, under noise:DB (white, at that signal-to-noise ratio), "
+    "babble:DB (other clips of MANIFEST), telephone (300 to 3,400 Hz), or several joined by +, "
+    "for cascade and speech alike. May be repeated.",
+)
+@click.option(
+    "--no-speech",
+    default=0,
+    type=click.IntRange(0),
+    metavar="N",
+    help="How often a row makes up words on N clips each of silence and of noise alone.",
 )
 @click.option("--seed", default=0, help="Of the bootstrap intervals.")
 @click.option("--plots", default=4, type=click.IntRange(0), help="How many clips are drawn.")
@@ -65,6 +82,8 @@ def command(
     max_new_tokens: int,
     prompt: str | None,
     transcriber: str | None,
+    conditions: tuple[str, ...],
+    no_speech: int,
     seed: int,
     plots: int,
     fail_under: tuple[str, ...],
@@ -81,14 +100,21 @@ def command(
     Rates in metrics.json are 0..1, BLEU and chrF 0..100.
     """
     from blspkd.data.manifest import read_manifest
-    from blspkd.evaluation.evaluate import evaluate, load_cascade, select_records
+    from blspkd.evaluation.conditions import hear_under, parse_condition
+    from blspkd.evaluation.evaluate import load_cascade, select_records
     from blspkd.evaluation.report import figures, meter_lines, table, write_report
+    from blspkd.evaluation.robustness import (
+        condition_lines,
+        evaluate_conditions,
+        nothing_lines,
+    )
     from blspkd.evaluation.tasks import EvalConfig
     from blspkd.evaluation.thresholds import EXIT_BELOW, parse_threshold, shortfalls
     from blspkd.model.loading import load_config, load_model, quieten_transformers
 
     try:
         thresholds = [parse_threshold(pair, task) for pair in fail_under]
+        parsed = [parse_condition(text) for text in dict.fromkeys(conditions)]
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     output = output or model / f"eval-{task}-{manifest.stem}"
@@ -108,6 +134,8 @@ def command(
     quieten_transformers()
     model_config = load_config(model, encoder=encoder, language_model=language_model)
     records = select_records(read_manifest(manifest), config, model_config.prompt)
+    for condition in parsed:
+        hear_under(condition, records)
     click.echo(f"{len(records)} clips of {manifest}; loading {model}", err=True)
     speech_model, processor = load_model(
         model,
@@ -119,18 +147,21 @@ def command(
     )
     whisper, notes = load_cascade(speech_model, transcriber)
     with stage_progress() as progress:
-        found = evaluate(
+        robustness = evaluate_conditions(
             speech_model,
             processor,
             records,
             config,
+            parsed,
+            no_speech=no_speech,
             transcriber=whisper,
             notes=notes,
             progress=progress,
         )
+    found = robustness.clean
     write_report(
         output,
-        found,
+        robustness,
         model=speech_model,
         processor=processor,
         model_folder=model,
@@ -140,11 +171,14 @@ def command(
     for note in found.notes:
         click.echo(f"note: {note}", err=True)
     if as_json:
-        click.echo(json.dumps(figures(found)))
+        click.echo(json.dumps(figures(robustness)))
     else:
         click.echo(table(found))
         click.echo()
         click.echo(meter_lines(found.meters))
+        for lines in (condition_lines(robustness), nothing_lines(robustness.nothing)):
+            if lines:
+                click.echo(f"\n{lines}")
     click.echo(f"report: {output / 'report.md'}", err=True)
     missed = shortfalls(thresholds, found)
     for line in missed:

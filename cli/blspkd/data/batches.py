@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class ClipDataset(Dataset[Clip]):
         processor: makes features and token ids.
         prompt: of records without ``messages`` of their own.
         cache: encoder outputs made beforehand; without it, each item carries mel features.
+        hear: how the clips sound, as (S,) float32 at 16 kHz; by default as they were recorded.
     """
 
     def __init__(
@@ -56,11 +57,15 @@ class ClipDataset(Dataset[Clip]):
         *,
         prompt: str,
         cache: FeatureCache | None = None,
+        hear: Callable[[Record], np.ndarray] | None = None,
     ) -> None:
+        if cache is not None and hear is not None:
+            raise ValueError("the cache holds clips as they were recorded: give no `hear` with it")
         self.records = list(records)
         self.processor = processor
         self.prompt = prompt
         self.cache = cache
+        self.hear = hear
 
     def __len__(self) -> int:
         """How many clips."""
@@ -77,7 +82,8 @@ class ClipDataset(Dataset[Clip]):
         )
         if self.cache is not None:
             return Clip(turn, None, self.cache.load(record))
-        return Clip(turn, self.processor.features(record.audio), None)
+        audio = record.audio if self.hear is None else self.hear(record)
+        return Clip(turn, self.processor.features(audio), None)
 
     def lengths(self) -> list[float]:
         """What to group clips by: their seconds, or else the length of their transcript."""

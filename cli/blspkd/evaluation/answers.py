@@ -16,6 +16,7 @@ from blspkd.model.decoding import GREEDY, Decoding
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor, Messages
 
+from .conditions import Hear, hear_clean
 from .meters import nearest_tokens
 
 Progress = Callable[[int, int], None]
@@ -70,6 +71,7 @@ def answer_from_speech(
     decoding: Decoding = GREEDY,
     batch_size: int = 8,
     progress: Progress | None = None,
+    hear: Hear = hear_clean,
 ) -> list[str]:
     """Let the speech LLM answer clips; it never sees their transcripts.
 
@@ -81,6 +83,7 @@ def answer_from_speech(
         decoding: How words are chosen.
         batch_size: How many are answered at a time.
         progress: Told how far it is.
+        hear: How the clips sound.
 
     Raises:
         AudioError: A clip cannot be read.
@@ -91,7 +94,7 @@ def answer_from_speech(
     with _evaluating(model):
         for part in _parts(len(records), batch_size):
             batch = processor(
-                [records[i].audio for i in part],
+                [hear(records[i]) for i in part],
                 messages=[messages[i] for i in part],
                 full_window=model.config.full_window,
             ).to(device)
@@ -109,6 +112,7 @@ def nearest_embedding_transcripts(
     *,
     batch_size: int = 8,
     progress: Progress | None = None,
+    hear: Hear = hear_clean,
 ) -> list[str]:
     """Spell out each adapter output as the token whose embedding is nearest by cosine.
 
@@ -121,12 +125,13 @@ def nearest_embedding_transcripts(
         records: The clips.
         batch_size: How many are read at a time.
         progress: Told how far it is.
+        hear: How the clips sound.
     """
     transcripts: list[str] = []
     device = model.embedding_weight().device
     with _evaluating(model), torch.no_grad():
         for part in _parts(len(records), batch_size):
-            features = [processor.features(records[i].audio) for i in part]
+            features = [processor.features(hear(records[i])) for i in part]
             batch = processor.pad_features(features, full_window=model.config.full_window)
             adapter = model.embed_speech(
                 input_features=batch["input_features"].to(device),

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from blspkd.data.manifest import Record
-from blspkd.model.audio import load_audio
+from blspkd.model.audio import SAMPLING_RATE
 from blspkd.model.bases import load_feature_extractor, load_transcriber, resolve
 
 from .answers import Progress
+from .conditions import Hear, hear_clean
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Transcriber:
         *,
         batch_size: int = 8,
         progress: Progress | None = None,
+        hear: Hear = hear_clean,
     ) -> list[str]:
         """Write down clips, greedily, in the language of each record (English if not told).
 
@@ -70,19 +72,19 @@ class Transcriber:
             records: The clips.
             batch_size: How many at a time.
             progress: Told how far it is.
+            hear: How the clips sound.
 
         Raises:
             AudioError: A clip cannot be read.
             ValueError: The model does not know a record's language.
         """
         transcripts: list[str] = []
-        rate = self.feature_extractor.sampling_rate
         multilingual = bool(getattr(self.model.generation_config, "is_multilingual", False))
         for start in range(0, len(records), batch_size):
             part = records[start : start + batch_size]
             inputs = self.feature_extractor(
-                [load_audio(record.audio, sampling_rate=rate) for record in part],
-                sampling_rate=rate,
+                [hear(record) for record in part],
+                sampling_rate=SAMPLING_RATE,  # another rate than the extractor's is refused
                 return_attention_mask=True,
                 return_tensors="pt",
             )

@@ -19,11 +19,15 @@ from .answers import (
     answer_from_text,
     nearest_embedding_transcripts,
 )
+from .bootstrap import Gap
 from .cascade import Transcriber
-from .meters import measure
-from .metrics import Gap
-from .tasks import EvalConfig, Row, RowName, references, score_gaps, score_rows, task_messages
+from .conditions import Condition, hear_clean, hear_under
+from .gaps import score_gaps
+from .meters import ClipMeters, measure_clips
+from .tasks import EvalConfig, Row, RowName, references, score_rows, task_messages
 
+CLEAN = "clean"
+"""The condition of clips to which nothing was done."""
 StageProgress = Callable[[str, int, int], None]
 """Called with (stage, clips done, clips in all)."""
 
@@ -42,6 +46,8 @@ class Evaluation:
         meters: Teacher-forced figures, see `meters.py`.
         notes: What the reader must know, such as a row left out and why.
         seconds: Wall-clock time of each stage.
+        condition: What the clips went through before cascade and speech heard them.
+        clip_meters: The meters clip by clip.
     """
 
     config: EvalConfig
@@ -53,6 +59,8 @@ class Evaluation:
     meters: dict[str, float]
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    condition: str = CLEAN
+    clip_meters: ClipMeters = field(default_factory=ClipMeters)
 
 
 def select_records(records: Sequence[Record], config: EvalConfig, prompt: str) -> list[Record]:
@@ -112,6 +120,8 @@ def evaluate(
     transcriber: Transcriber | None,
     notes: Sequence[str] = (),
     progress: StageProgress | None = None,
+    condition: Condition | None = None,
+    given: Mapping[RowName, Row] | None = None,
 ) -> Evaluation:
     """Answer all clips in three ways, and compare.
 
@@ -123,8 +133,11 @@ def evaluate(
         transcriber: Whisper, for the row "cascade"; None leaves it out.
         notes: To be passed on to the report.
         progress: Told how far it is.
+        condition: What the clips go through before cascade and speech hear them; None for nothing.
+        given: Rows that are known already, such as "text", which depends on no condition.
     """
     records = list(records)
+    hear = hear_clean if condition is None else hear_under(condition, records)
     messages = task_messages(records, config, model.config.prompt)
     aligned = model.config.adapter_type == "cformer"
     notes = list(notes)
@@ -144,10 +157,15 @@ def evaluate(
         )
         return Row(answers, transcripts)
 
-    rows: dict[RowName, Row] = {"text": from_text("text", [r.text for r in records])}
-    if transcriber is not None:
+    rows: dict[RowName, Row] = dict(given or {})
+    if "text" not in rows:
+        rows["text"] = from_text("text", [r.text for r in records])
+    if transcriber is not None and "cascade" not in rows:
         heard = transcriber.transcribe(
-            records, batch_size=config.batch_size, progress=stages.start("cascade: transcribing")
+            records,
+            batch_size=config.batch_size,
+            progress=stages.start("cascade: transcribing"),
+            hear=hear,
         )
         rows["cascade"] = from_text("cascade: answering", heard)
     spoken = answer_from_speech(
@@ -158,6 +176,7 @@ def evaluate(
         decoding=decoding,
         batch_size=config.batch_size,
         progress=stages.start("speech"),
+        hear=hear,
     )
     nearest = None
     if aligned:
@@ -167,17 +186,18 @@ def evaluate(
             records,
             batch_size=config.batch_size,
             progress=stages.start("nearest embeddings"),
+            hear=hear,
         )
     else:
         notes.append("no transcripts from the adapter: it does not make one output per token")
     rows["speech"] = Row(spoken, nearest)
     # with the prompts that the recorded responses were written for, whatever this task asks
-    dataset = ClipDataset(records, processor, prompt=model.config.prompt)
+    dataset = ClipDataset(records, processor, prompt=model.config.prompt, hear=hear)
     collator = Collator(processor, full_window=model.config.full_window)
     batches = _counted(
         batches_of(dataset, collator, config.batch_size), len(records), stages.start("meters")
     )
-    meters = measure(model, batches, device=model.embedding_weight().device).figures()
+    clip_meters = measure_clips(model, batches, device=model.embedding_weight().device)
     stages.stop()
     answered = sum(record.response is not None for record in records)
     if answered < len(records):
@@ -192,9 +212,11 @@ def evaluate(
         references=references(records, config.task),
         scores=score_rows(config.task, records, rows),
         gaps=score_gaps(config.task, records, rows, seed=config.seed),
-        meters=meters,
+        meters=clip_meters.means().figures(),
         notes=notes,
         seconds=seconds,
+        condition=CLEAN if condition is None else condition.name,
+        clip_meters=clip_meters,
     )
 
 

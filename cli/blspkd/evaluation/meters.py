@@ -7,7 +7,7 @@ what the free-running length would have been. Shapes: n positions, H width, V vo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,22 +53,41 @@ class Meters:
         return {name: float(value) for name, value in named.items() if value is not None}
 
 
-class _Mean:
-    """A running mean of tensors' elements."""
+@dataclass
+class ClipMeters:
+    """The meters clip by clip: what :class:`Meters` are the means of.
 
-    def __init__(self) -> None:
-        self.total, self.count = 0.0, 0
+    Attributes:
+        clips: how many there are so far.
+        parts: by meter, a sum and a count for each clip; a count of 0 where the clip does not
+            give the figure (such as `response_kl` without a response).
+    """
 
-    def add(self, values: Tensor) -> None:
-        self.total += float(values.double().sum())
-        self.count += values.numel()
+    clips: int = 0
+    parts: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
 
-    @property
-    def value(self) -> float | None:
-        return self.total / self.count if self.count else None
+    def add(self, name: str, values: Tensor, clip: Tensor, batch_size: int) -> None:
+        """Add values (n,) of one batch, each with the index (n,) of its clip in the batch."""
+        ones = torch.ones_like(values, dtype=torch.float64)
+        sums = torch.zeros(batch_size, dtype=torch.float64, device=values.device)
+        counts = sums.index_add(0, clip, ones)
+        sums = sums.index_add(0, clip, values.double())
+        pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+        each = self.parts.setdefault(name, [])
+        each.extend((total, int(count)) for total, count in pairs)
+
+    def means(self) -> Meters:
+        """Over all clips, each item weighing the same."""
+        figures: dict[str, float | None] = {}
+        for name in Meters.__dataclass_fields__:
+            if name == "clips":
+                continue
+            pairs = self.parts.get(name, [])
+            count = sum(number for _, number in pairs)
+            figures[name] = sum(total for total, _ in pairs) / count if count else None
+        return Meters(clips=self.clips, **figures)
 
 
-@torch.no_grad()
 def measure(
     model: BlspKDForConditionalGeneration,
     batches: Iterable[Mapping[str, Any]],
@@ -82,10 +101,20 @@ def measure(
         batches: keyword arguments of ``forward``; see :class:`blspkd.data.batches.Collator`.
         device: where the model is.
     """
+    return measure_clips(model, batches, device=device).means()
+
+
+@torch.no_grad()
+def measure_clips(
+    model: BlspKDForConditionalGeneration,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    device: torch.device | str = "cpu",
+) -> ClipMeters:
+    """Run the model over held-out batches, and keep each clip's figures; see :func:`measure`."""
     was_training = model.training
     model.eval()
-    means = {name: _Mean() for name in Meters.__dataclass_fields__}
-    clips = 0
+    found = ClipMeters()
     try:
         for batch in batches:
             on_device = {
@@ -93,18 +122,17 @@ def measure(
                 for name, value in batch.items()
             }
             output = model(**on_device)
-            clips += len(on_device["input_ids"])
-            _add_passes(means, model, output)
+            _add_passes(found, model, output)
             if output.adapter.alpha_sum is not None:
-                _add_tokens(means, model, output, on_device)
+                _add_tokens(found, model, output, on_device)
+            found.clips += len(on_device["input_ids"])
     finally:
         model.train(was_training)
-    figures = {name: mean.value for name, mean in means.items() if name != "clips"}
-    return Meters(clips=clips, **figures)
+    return found
 
 
 def _add_passes(
-    means: Mapping[str, _Mean], model: BlspKDForConditionalGeneration, output: BlspKDOutput
+    found: ClipMeters, model: BlspKDForConditionalGeneration, output: BlspKDOutput
 ) -> None:
     student, teacher = output.student, output.teacher
     assert student is not None
@@ -114,27 +142,34 @@ def _add_passes(
         pairs["input"] = (student.speech_mask, teacher.speech_mask)
     for name, (student_mask, teacher_mask) in pairs.items():
         rows = student.hidden_states[student_mask], teacher.hidden_states[teacher_mask]
+        clip = student_mask.nonzero()[:, 0]
+        divergences, hits = [], []
         for from_speech, from_text in zip(*(r.split(CHUNK) for r in rows), strict=True):
             p, q = _logits(model, from_text), _logits(model, from_speech)
-            means[f"{name}_kl"].add(kl_div_with_logits(q, p, reduction="none"))
-            means[f"{name}_top1"].add(p.argmax(-1) == q.argmax(-1))
+            divergences.append(kl_div_with_logits(q, p, reduction="none"))
+            hits.append(p.argmax(-1) == q.argmax(-1))
+        found.add(f"{name}_kl", torch.cat(divergences), clip, len(student_mask))
+        found.add(f"{name}_top1", torch.cat(hits), clip, len(student_mask))
 
 
 def _add_tokens(
-    means: Mapping[str, _Mean],
+    found: ClipMeters,
     model: BlspKDForConditionalGeneration,
     output: BlspKDOutput,
     batch: Mapping[str, Tensor],
 ) -> None:
     assert output.adapter.alpha_sum is not None
     speech_mask = batch["speech_mask"].bool()
+    size = len(speech_mask)
     nearest = nearest_tokens(model, output.speech_vectors[output.adapter.attention_mask])
-    means["token_accuracy"].add(nearest == batch["input_ids"][speech_mask])
+    right = nearest == batch["input_ids"][speech_mask]
+    found.add("token_accuracy", right, speech_mask.nonzero()[:, 0], size)
     predicted = output.adapter.alpha_sum.round().clamp(min=1)
     off = predicted - speech_mask.sum(dim=1)
-    means["length_exact"].add(off == 0)
-    means["length_within_one"].add(off.abs() <= 1)
-    means["length_error"].add(off)
+    each = torch.arange(size, device=off.device)
+    found.add("length_exact", off == 0, each, size)
+    found.add("length_within_one", off.abs() <= 1, each, size)
+    found.add("length_error", off, each, size)
 
 
 def nearest_tokens(model: BlspKDForConditionalGeneration, vectors: Tensor) -> Tensor:

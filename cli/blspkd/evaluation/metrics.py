@@ -13,12 +13,13 @@ from typing import Any
 
 import jiwer
 import numpy as np
-import numpy.typing as npt
 import sacrebleu
 from transformers.models.whisper.english_normalizer import (
     BasicTextNormalizer,
     EnglishTextNormalizer,
 )
+
+from blspkd.data.manifest import Record
 
 ENGLISH = ("en", "eng", "english")
 
@@ -34,21 +35,6 @@ class WordErrors:
 
     errors: int
     words: int
-
-
-@dataclass(frozen=True)
-class Gap:
-    """The difference of a metric between two rows, with its uncertainty.
-
-    Attributes:
-        difference: First row less second row.
-        low: Lower end of the 95 % interval of the paired bootstrap over clips.
-        high: Its upper end.
-    """
-
-    difference: float
-    low: float
-    high: float
 
 
 @lru_cache(maxsize=2)
@@ -85,6 +71,13 @@ def word_errors(reference: str, hypothesis: str, lang: str | None = None) -> Wor
         errors=found.substitutions + found.deletions + found.insertions,
         words=len(expected.split()),
     )
+
+
+def each_word_errors(records: Sequence[Record], texts: Sequence[str]) -> list[WordErrors]:
+    """Count the word errors of each text against its record's transcript."""
+    _check_lengths(records, texts)
+    pairs = zip(records, texts, strict=True)
+    return [word_errors(record.text, text, record.lang) for record, text in pairs]
 
 
 def word_error_rate(counts: Sequence[WordErrors]) -> float:
@@ -136,40 +129,6 @@ def same_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     _check_lengths(references, hypotheses)
     pairs = zip(references, hypotheses, strict=True)
     return float(np.mean([r.strip() == h.strip() for r, h in pairs]))
-
-
-def ratio_gap(
-    first: Sequence[tuple[float, float]],
-    second: Sequence[tuple[float, float]],
-    *,
-    seed: int = 0,
-    resamples: int = 1000,
-) -> Gap:
-    """Compare two rows by a ratio of sums, resampling clips in pairs.
-
-    Args:
-        first: For each clip a part and a whole: word errors and words, or a score and 1.
-        second: The same clips in the other row.
-        seed: Of the resampling.
-        resamples: How often the clips are drawn anew.
-    """
-    _check_lengths(first, second)
-    one, two = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-
-    def ratios(
-        rows: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
-    ) -> npt.NDArray[np.float64]:
-        summed = weights @ rows
-        return np.asarray(summed[:, 0] / np.maximum(summed[:, 1], 1e-12))
-
-    count = len(one)
-    draws: npt.NDArray[Any] = np.random.default_rng(seed).multinomial(
-        count, np.full(count, 1 / count), resamples
-    )
-    draws = draws.astype(np.float64)
-    low, high = np.percentile(ratios(one, draws) - ratios(two, draws), [2.5, 97.5])
-    whole = np.ones((1, count))
-    return Gap(float((ratios(one, whole) - ratios(two, whole))[0]), float(low), float(high))
 
 
 def _check_lengths(first: Sequence[object], second: Sequence[object]) -> None:

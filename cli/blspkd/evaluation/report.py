@@ -17,7 +17,11 @@ from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor
 
 from .evaluate import Evaluation
+from .nothing import PRETENDED_WORDS
 from .plots import align, plot_alignment, plot_curves, read_curves
+from .robustness import Robustness, condition_cells, nothing_cells
+from .robustness_plot import plot_conditions
+from .tables import lined_up, markdown, one_line
 from .tasks import OWN_METRICS, ROWS, SELF_METRICS
 
 TITLES = {
@@ -32,19 +36,37 @@ TITLES = {
 PERCENT = ("wer", "transcript_wer", "same_answer")
 
 
-def figures(evaluation: Evaluation) -> dict[str, Any]:
+def figures(robustness: Robustness) -> dict[str, Any]:
     """Everything measured, as metrics.json holds it; rates are 0..1, BLEU and chrF 0..100."""
-    durations = [record.duration for record in evaluation.records]
+    found = _clean_figures(robustness.clean)
+    if robustness.conditions:
+        found["conditions"] = {
+            name: _figures_under(evaluation) for name, evaluation in robustness.conditions.items()
+        }
+    if robustness.nothing is not None:
+        found["no_speech"] = robustness.nothing.figures()
+    return found
+
+
+def _figures_under(evaluation: Evaluation) -> dict[str, Any]:
+    """What a condition can change."""
     return {
-        "task": evaluation.config.task,
-        "clips": len(evaluation.records),
-        "hours": sum(d for d in durations if d is not None) / 3600 if all(durations) else None,
         "rows": evaluation.scores,
         "gaps": {
             f"speech - {name}": {metric: asdict(gap) for metric, gap in gaps.items()}
             for name, gaps in evaluation.gaps.items()
         },
         "meters": evaluation.meters,
+    }
+
+
+def _clean_figures(evaluation: Evaluation) -> dict[str, Any]:
+    durations = [record.duration for record in evaluation.records]
+    return {
+        "task": evaluation.config.task,
+        "clips": len(evaluation.records),
+        "hours": sum(d for d in durations if d is not None) / 3600 if all(durations) else None,
+        **_figures_under(evaluation),
         "notes": evaluation.notes,
         "seconds": evaluation.seconds,
         "config": asdict(evaluation.config),
@@ -66,13 +88,7 @@ def table(evaluation: Evaluation) -> str:
         for row in ROWS
         if row in evaluation.scores
     ]
-    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-    lines = []
-    for line in [header, *body]:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return lined_up([header, *body])
 
 
 def meter_lines(meters: Mapping[str, float]) -> str:
@@ -83,7 +99,7 @@ def meter_lines(meters: Mapping[str, float]) -> str:
 
 def write_report(
     folder: Path,
-    evaluation: Evaluation,
+    robustness: Robustness,
     *,
     model: BlspKDForConditionalGeneration,
     processor: BlspKDProcessor,
@@ -95,17 +111,18 @@ def write_report(
 
     Args:
         folder: Where; made if need be.
-        evaluation: What was found.
+        robustness: What was found.
         model: The speech LLM, to draw alignments.
         processor: The model's.
         model_folder: Where it was loaded from, and where its training log may lie.
         manifest: What it was evaluated on.
         command: What was typed.
     """
+    evaluation = robustness.clean
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in predictions(evaluation)]
     (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    found = {"model": str(model_folder), "manifest": str(manifest), **figures(evaluation)}
+    found = {"model": str(model_folder), "manifest": str(manifest), **figures(robustness)}
     (folder / "metrics.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     curves = read_curves(model_folder)
     if curves:
@@ -117,8 +134,10 @@ def write_report(
             break
         plot_alignment(alignment, folder / f"alignment-{number}.png")
         pictures.append((f"alignment-{number}.png", record.id))
+    if robustness.conditions:
+        plot_conditions(robustness, folder / "conditions.png")
     (folder / "report.md").write_text(
-        _markdown(evaluation, found, bool(curves), pictures, command), encoding="utf-8"
+        _markdown(robustness, found, bool(curves), pictures, command), encoding="utf-8"
     )
 
 
@@ -147,18 +166,19 @@ def _show(metric: str, value: float | None) -> str:
 
 
 def _markdown(
-    evaluation: Evaluation,
+    robustness: Robustness,
     found: Mapping[str, Any],
     has_curves: bool,
     pictures: Sequence[tuple[str, str]],
     command: str,
 ) -> str:
+    evaluation = robustness.clean
     names = (*OWN_METRICS[evaluation.config.task], "transcript_wer", *SELF_METRICS)
     parts = [
         f"# Evaluation: {evaluation.config.task}",
         f"Model `{found['model']}` on `{found['manifest']}`, {found['clips']} clips.",
         f"```\n{command}\n```",
-        _rows(
+        _table(
             ["row", *(TITLES[name] for name in names)],
             [
                 [row, *(_show(name, evaluation.scores[row].get(name)) for name in names)]
@@ -176,32 +196,38 @@ def _markdown(
             for name, gaps in evaluation.gaps.items()
             for metric, g in gaps.items()
         ]
-        parts += ["## Gaps", _rows(["", "metric", "difference", "95 % (paired bootstrap)"], rows)]
+        parts += ["## Gaps", _table(["", "metric", "difference", "95 % (paired bootstrap)"], rows)]
     meters = [[name, f"{value:.4g}"] for name, value in evaluation.meters.items()]
-    parts += ["## Meters", _rows(["meter", "value"], meters)]
+    parts += ["## Meters", _table(["meter", "value"], meters)]
+    if robustness.conditions:
+        parts += ["## Conditions", markdown(condition_cells(robustness))]
+        parts.append("![conditions](conditions.png)")
+    if robustness.nothing is not None:
+        parts += ["## Clips without speech", markdown(nothing_cells(robustness.nothing))]
+        parts.append(
+            f"*pretends*: what it believes to have been said has at least {PRETENDED_WORDS} words. "
+            "*answer differs*: from the language model's answer to an empty transcript."
+        )
     if evaluation.notes:
         parts.append("\n".join(f"- {note}" for note in evaluation.notes))
     speeds = [
         [stage, f"{spent:.1f}", f"{found['clips'] / max(spent, 1e-9):.2f}"]
         for stage, spent in evaluation.seconds.items()
     ]
-    parts += ["## Speed", _rows(["stage", "s", "clips/s"], speeds)]
+    parts += ["## Speed", _table(["stage", "s", "clips/s"], speeds)]
     if has_curves:
         parts += ["## Learning curves", "![learning curves](curves.png)"]
     if pictures:
         parts.append("## Alignments")
-        parts += [f"![{_cell(name)}]({picture})" for picture, name in pictures]
+        parts += [f"![{one_line(name)}]({picture})" for picture, name in pictures]
     parts.append("## Answers")
     for line in predictions(evaluation)[: max(3, evaluation.config.plots)]:
         shown = {key: value for key, value in line.items() if key not in ("id", "audio")}
-        parts.append(_rows([_cell(line["id"]), ""], [[k, _cell(v)] for k, v in shown.items()]))
+        parts.append(
+            _table([one_line(line["id"]), ""], [[k, one_line(v)] for k, v in shown.items()])
+        )
     return "\n\n".join(parts) + "\n"
 
 
-def _rows(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    return markdown([header, *body])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,19 +10,22 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from blspkd.data.batches import record_messages
 from blspkd.data.manifest import Record
+from blspkd.model.configuration import DEFAULT_PROMPT
 from blspkd.model.processing import PLACEHOLDER, Messages, as_messages
 
 from . import metrics
 
-Task = Literal["asr", "st", "qa"]
+Task = Literal["asr", "continue", "st", "qa"]
 RowName = Literal["text", "cascade", "speech"]
 ROWS: tuple[RowName, ...] = get_args(RowName)
 
 ASR_PROMPT = f"Repeat the following sentence word for word: {PLACEHOLDER}"
+CONTINUE_PROMPT = DEFAULT_PROMPT
 ST_PROMPT = "Translate the following sentence into {language}: " + PLACEHOLDER
 
 OWN_METRICS: dict[Task, tuple[str, ...]] = {
     "asr": ("wer",),
+    "continue": (),
     "st": ("bleu", "chrf"),
     "qa": (),
 }
@@ -37,7 +40,8 @@ class EvalConfig:
     """How a model is evaluated.
 
     Attributes:
-        task: "asr" repeats, "st" translates, "qa" answers.
+        task: "asr" repeats, "continue" goes on in its own words (the paper's task), "st"
+            translates, "qa" answers.
         prompt: The user turn, with `{speech}` in it, for all records; None leaves each record its
             own messages, and those without any the task's prompt.
         limit: Only the first so many records.
@@ -105,6 +109,8 @@ def task_messages(records: Sequence[Record], config: EvalConfig, prompt: str) ->
             chats.append(record_messages(record, prompt))
         elif config.task == "asr":
             chats.append(as_messages(ASR_PROMPT))
+        elif config.task == "continue":
+            chats.append(as_messages(CONTINUE_PROMPT))
         else:
             chats.append(as_messages(ST_PROMPT.replace("{language}", _target_language(record))))
     return chats
@@ -121,14 +127,14 @@ def _target_language(record: Record) -> str:
 
 
 def references(records: Sequence[Record], task: Task) -> list[str] | None:
-    """What the answers should be; None for "qa", where the model's own answers say it.
+    """What the answers should be; None where the model's own answers say it.
 
     Raises:
         ValueError: Task "st", and a record has no translation.
     """
     if task == "asr":
         return [record.text for record in records]
-    if task == "qa":
+    if task in ("qa", "continue"):
         return None
     translations = []
     for record in records:
@@ -171,49 +177,5 @@ def score_rows(
     return scores
 
 
-def score_gaps(
-    task: Task, records: Sequence[Record], rows: Mapping[RowName, Row], *, seed: int
-) -> dict[str, dict[str, metrics.Gap]]:
-    """How far speech is from text and from the cascade, by metric, with 95 % intervals.
-
-    Metrics that are sums over clips: `wer` (task "asr"), `transcript_wer`, `self_rouge_l` and
-    `same_answer`. Against text only `wer`, since the others are what they are by definition.
-    """
-    own_answers, speech = rows["text"].answers, rows["speech"]
-
-    def parts(metric: str, row: Row) -> list[tuple[float, float]] | None:
-        by_clip: Callable[[str, str], float]
-        if metric in ("wer", "transcript_wer"):
-            texts = row.answers if metric == "wer" else row.transcripts
-            if texts is None:
-                return None
-            counts = _word_errors(records, texts)
-            return [(one.errors, one.words) for one in counts]
-        by_clip = metrics.rouge_l if metric == "self_rouge_l" else _same
-        return [(by_clip(o, a), 1.0) for o, a in zip(own_answers, row.answers, strict=True)]
-
-    wer = ("wer",) if task == "asr" else ()
-    wanted = {"text": wer, "cascade": (*wer, "transcript_wer", "self_rouge_l", "same_answer")}
-    gaps: dict[str, dict[str, metrics.Gap]] = {}
-    for name in ROWS[:2]:
-        if name not in rows:
-            continue
-        gaps[name] = {}
-        for metric in wanted[name]:
-            ours, theirs = parts(metric, speech), parts(metric, rows[name])
-            if ours is not None and theirs is not None:
-                gaps[name][metric] = metrics.ratio_gap(ours, theirs, seed=seed)
-    return {name: gap for name, gap in gaps.items() if gap}
-
-
-def _same(reference: str, hypothesis: str) -> float:
-    return metrics.same_rate([reference], [hypothesis])
-
-
-def _word_errors(records: Sequence[Record], texts: Sequence[str]) -> list[metrics.WordErrors]:
-    pairs = zip(records, texts, strict=True)
-    return [metrics.word_errors(record.text, text, record.lang) for record, text in pairs]
-
-
 def _wer(records: Sequence[Record], texts: Sequence[str]) -> float:
-    return metrics.word_error_rate(_word_errors(records, texts))
+    return metrics.word_error_rate(metrics.each_word_errors(records, texts))
