@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -233,3 +234,46 @@ def tiny_model(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def recipe(tiny_parts, tiny_corpus, tmp_path):
+    """A configuration file for a few steps over the tiny corpus, and its held-out set."""
+    from blspkd.data.manifest import read_manifest, write_manifest
+
+    records = read_manifest(tiny_corpus.manifest)
+    write_manifest(tmp_path / "train.jsonl", records[:4])
+    write_manifest(tmp_path / "test.jsonl", records[4:])
+    values = {
+        "output": str(tmp_path / "run"),
+        "log_steps": 1,
+        "answer_limit": 2,
+        "model": {
+            "encoder": str(tiny_parts.encoder),
+            "language_model": str(tiny_parts.language_model),
+            "adapter": {
+                "hidden_size": 32,
+                "num_pre_layers": 1,
+                "num_post_layers": 1,
+                "num_heads": 4,
+                "frame_stacking": 4,
+            },
+            "plora": {"r": 4, "lora_alpha": 4},
+            "prompt": "Say: {speech}",
+        },
+        "data": {
+            "train": str(tmp_path / "train.jsonl"),
+            "eval": {"unseen": str(tmp_path / "test.jsonl")},
+        },
+        "losses": {"token": 1.0},
+        "optim": {
+            "learning_rate": 3e-3,
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "max_steps": 6,
+            "batch_size": 2,
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path

@@ -18,47 +18,6 @@ from blspkd.training.dry_run import dry_run
 from blspkd.training.run import train
 
 
-@pytest.fixture
-def recipe(tiny_parts, tiny_corpus, tmp_path):
-    """A configuration file for a few steps over the tiny corpus, and its held-out set."""
-    records = read_manifest(tiny_corpus.manifest)
-    write_manifest(tmp_path / "train.jsonl", records[:4])
-    write_manifest(tmp_path / "test.jsonl", records[4:])
-    values = {
-        "output": str(tmp_path / "run"),
-        "log_steps": 1,
-        "answer_limit": 2,
-        "model": {
-            "encoder": str(tiny_parts.encoder),
-            "language_model": str(tiny_parts.language_model),
-            "adapter": {
-                "hidden_size": 32,
-                "num_pre_layers": 1,
-                "num_post_layers": 1,
-                "num_heads": 4,
-                "frame_stacking": 4,
-            },
-            "plora": {"r": 4, "lora_alpha": 4},
-            "prompt": "Say: {speech}",
-        },
-        "data": {
-            "train": str(tmp_path / "train.jsonl"),
-            "eval": {"unseen": str(tmp_path / "test.jsonl")},
-        },
-        "losses": {"token": 1.0},
-        "optim": {
-            "learning_rate": 3e-3,
-            "schedule": "constant",
-            "warmup_steps": 0,
-            "max_steps": 6,
-            "batch_size": 2,
-        },
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
 def _run(path, *overrides, **options):
     lines = []
     result = train(load_config(path, overrides), say=lines.append, **options)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from speech_adapters import AdapterOutput
 
+from .layer_losses import layer_hidden_loss, layer_kl_loss
 from .objective import (
     Objective,
     Pass,
@@ -66,10 +67,10 @@ def loss_sums(
     weights = objective.weights
     adapter, student, teacher = output.adapter, output.student, output.teacher
     sums: dict[str, Tensor] = {}
-    if (weights.token > 0 or weights.input_kl > 0) and adapter.alpha_sum is None:
+    if weights.pairs_tokens and adapter.alpha_sum is None:
         raise ValueError(
-            "the token and input_kl losses need one speech embedding per text token, which this "
-            "adapter does not give: set their weights to 0, or adapter_type to cformer"
+            "the token, input_kl and layer losses need one speech embedding per text token, which "
+            "this adapter does not give: set their weights to 0, or adapter_type to cformer"
         )
     if weights.token > 0:
         sums["token"] = token_loss(
@@ -89,6 +90,13 @@ def loss_sums(
     if weights.response_ce > 0:
         assert student is not None
         sums["response_ce"] = response_ce_loss(student, head_weight)
+    if weights.reads_early_layer:
+        assert student is not None
+        assert teacher is not None
+        if weights.layer_hidden > 0:
+            sums["layer_hidden"] = layer_hidden_loss(student, teacher, objective)
+        if weights.layer_kl > 0:
+            sums["layer_kl"] = layer_kl_loss(student, teacher, head_weight, objective)
     if weights.quantity > 0 and adapter.alpha_sum is not None:
         sums["quantity"] = quantity_loss(adapter.alpha_sum, speech_mask.sum(dim=1))
     return sums

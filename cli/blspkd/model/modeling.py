@@ -16,7 +16,7 @@ from speech_adapters import AdapterOutput
 from .assembled import AssembledModel
 from .losses import BlspKDOutput, loss_sums
 from .objective import Objective, Pass, loss_items
-from .passes import read, read_prompt
+from .passes import Depth, read, read_prompt
 from .splice import Spliced, splice
 
 __all__ = ["BlspKDForConditionalGeneration", "BlspKDOutput"]
@@ -83,7 +83,6 @@ class BlspKDForConditionalGeneration(AssembledModel):
             if weights is not None and not weights.reads_response:
                 # nothing after the utterance is looked at: leave it out of both passes
                 end = int(speech_mask.any(dim=0).nonzero().max()) + 1
-            with_teacher = weights is None or weights.input_kl > 0 or weights.response_kl > 0
             output.student, output.teacher = self._read_both(
                 input_ids[:, :end],
                 Spliced(
@@ -95,7 +94,8 @@ class BlspKDForConditionalGeneration(AssembledModel):
                 adapter,
                 prompt_length=prompt_length,
                 aligned=aligned,
-                with_teacher=with_teacher,
+                with_teacher=weights is None or weights.reads_teacher,
+                depth=None if objective is None else objective.depth,
             )
         if objective is None:
             return output
@@ -124,13 +124,14 @@ class BlspKDForConditionalGeneration(AssembledModel):
         prompt_length: int,
         aligned: bool,
         with_teacher: bool,
+        depth: Depth | None,
     ) -> tuple[Pass, Pass | None]:
         """The student's pass over speech and, if asked for, the teacher's over ``text``."""
         assert text.labels is not None
         prompt = None
         if prompt_length > 0:
             with self.plora_on(None):
-                prompt = read_prompt(self.language_model, input_ids[:1, :prompt_length])
+                prompt = read_prompt(self.language_model, input_ids[:1, :prompt_length], depth)
         spliced = splice(
             text.inputs_embeds,
             text.attention_mask,
@@ -143,21 +144,27 @@ class BlspKDForConditionalGeneration(AssembledModel):
         assert spliced.labels is not None
         in_prompt = spliced.speech_mask.new_zeros(len(spliced.speech_mask), prompt_length)
         with self.plora_on(torch.cat([in_prompt, spliced.speech_mask], dim=1)):
-            hidden = read(
+            heard = read(
                 self.language_model,
                 spliced.inputs_embeds,
                 spliced.attention_mask,
                 prompt,
                 prompt_length,
+                depth,
             )
-        student = Pass(hidden, spliced.speech_mask, spliced.labels)
+        student = Pass.of(heard, spliced.speech_mask, spliced.labels)
         if not with_teacher:
             return student, None
         with torch.no_grad(), self.plora_on(None):
-            hidden = read(
-                self.language_model, text.inputs_embeds, text.attention_mask, prompt, prompt_length
+            seen = read(
+                self.language_model,
+                text.inputs_embeds,
+                text.attention_mask,
+                prompt,
+                prompt_length,
+                depth,
             )
-        return student, Pass(hidden, text.speech_mask, text.labels)
+        return student, Pass.of(seen, text.speech_mask, text.labels)
 
     @torch.no_grad()
     def generate(

@@ -6,7 +6,7 @@ Shapes: B batch, S spliced length, L text length, N tokens, H width, V vocabular
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,18 @@ from torch.nn import functional as F
 
 from kd_losses import cif_quantity_loss, linear_cross_entropy, linear_kl_div, response_mask
 
-LOSS_NAMES = ("token", "input_kl", "response_kl", "response_ce", "quantity")
+from .passes import Depth, Reading
+
+LayerDistance = Literal["cosine", "mse"]
+LOSS_NAMES = (
+    "token",
+    "input_kl",
+    "response_kl",
+    "response_ce",
+    "layer_hidden",
+    "layer_kl",
+    "quantity",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,9 @@ class LossWeights:
         input_kl: KL between the distributions after the i-th text and the i-th speech token.
         response_kl: KL between the distributions over each token of the response.
         response_ce: cross entropy of the response; the baseline that KL replaces.
+        layer_hidden: distance between the hidden states of the i-th text and the i-th speech token
+            after one layer of the language model.
+        layer_kl: KL as in ``input_kl``, but between what the head reads from that layer.
         quantity: |sum of CIF weights / number of text tokens - 1|.
     """
 
@@ -34,6 +48,8 @@ class LossWeights:
     input_kl: float = 1.0
     response_kl: float = 1.0
     response_ce: float = 0.0
+    layer_hidden: float = 0.0
+    layer_kl: float = 0.0
     quantity: float = 1.0
 
     def __post_init__(self) -> None:
@@ -52,7 +68,27 @@ class LossWeights:
     @property
     def reads_language_model(self) -> bool:
         """Whether any loss needs the language model's layers, not only its embeddings."""
-        return self.input_kl > 0 or self.response_kl > 0 or self.response_ce > 0
+        return self.reads_last_layer or self.reads_early_layer
+
+    @property
+    def reads_last_layer(self) -> bool:
+        """Whether any loss needs all of the language model's layers."""
+        return self.input_kl > 0 or self.reads_response
+
+    @property
+    def reads_early_layer(self) -> bool:
+        """Whether any loss needs the output of the one layer that the objective names."""
+        return self.layer_hidden > 0 or self.layer_kl > 0
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether any loss needs the pass over text."""
+        return self.input_kl > 0 or self.response_kl > 0 or self.reads_early_layer
+
+    @property
+    def pairs_tokens(self) -> bool:
+        """Whether any loss needs one speech embedding per text token."""
+        return self.token > 0 or self.input_kl > 0 or self.reads_early_layer
 
     @property
     def reads_response(self) -> bool:
@@ -75,6 +111,8 @@ def loss_items(speech_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "input_kl": tokens,
         "response_kl": responses,
         "response_ce": responses,
+        "layer_hidden": tokens,
+        "layer_kl": tokens,
         "quantity": clips,
     }
 
@@ -87,16 +125,34 @@ class Objective:
         weights: of the losses.
         temperature: of both distributions in the KL losses (2 in the authors' code).
         scale_by_temperature_squared: multiply the KL losses by the temperature squared.
+        layer: of the language model, from 1, after which the layer losses compare.
+        layer_distance: "cosine" (one minus it) or "mse", of ``layer_hidden``.
     """
 
     weights: LossWeights
     temperature: float = 1.0
     scale_by_temperature_squared: bool = False
+    layer: int = 1
+    layer_distance: LayerDistance = "cosine"
 
     def __post_init__(self) -> None:
-        """Refuse temperatures that are no temperature."""
+        """Refuse temperatures that are no temperature, and layers that are no layer."""
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.layer < 1:
+            raise ValueError(f"layer: expected 1 for the first layer or more, got {self.layer}")
+        if self.layer_distance not in get_args(LayerDistance):
+            raise ValueError(
+                f"layer_distance: expected one of {', '.join(get_args(LayerDistance))}, got "
+                f"{self.layer_distance!r}"
+            )
+
+    @property
+    def depth(self) -> Depth:
+        """How far into the language model the losses look."""
+        if not self.weights.reads_early_layer:
+            return Depth()
+        return Depth(self.layer, stop=not self.weights.reads_last_layer)
 
 
 @dataclass(frozen=True)
@@ -104,14 +160,23 @@ class Pass:
     """One pass through the language model.
 
     Attributes:
-        hidden_states: (B, S, H), what its head would read.
+        hidden_states: (B, S, H), what its head would read after the last layer that was run.
         speech_mask: (B, S) bool, True on the tokens that stand for the utterance.
         labels: (B, S) int64, -100 except on the response.
+        layer_output: (B, S, H), the output of the objective's layer, if a loss needs it.
+        layer_readout: (B, S, H), what the head would read from it.
     """
 
     hidden_states: Tensor
     speech_mask: Tensor
     labels: Tensor
+    layer_output: Tensor | None = None
+    layer_readout: Tensor | None = None
+
+    @classmethod
+    def of(cls, reading: Reading, speech_mask: Tensor, labels: Tensor) -> Pass:
+        """The pass whose hidden states these are."""
+        return cls(reading.last, speech_mask, labels, reading.layer_output, reading.layer_readout)
 
 
 def token_loss(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from blspkd.model.configuration import DEFAULT_PROMPT, AdapterType, SpeechEmbedding
+from blspkd.model.objective import LayerDistance
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,32 @@ class LossesSection:
         input_kl: KL after each token of the utterance.
         response_kl: KL over the response.
         response_ce: cross entropy of the response.
+        layer_hidden: distance of the hidden states after ``layer``, at each token of the utterance.
+        layer_kl: KL after each token of the utterance, read by the head from ``layer``. Where
+            no other loss of the language model counts, no layer after ``layer`` is run.
         quantity: CIF's token count.
         temperature: of both distributions in the KL losses (2 in the authors' code).
         scale_by_temperature_squared: multiply the KL losses by the temperature squared.
+        layer: of the language model, from 1, which layer_hidden and layer_kl look at.
+        layer_distance: of layer_hidden: "cosine" or "mse".
     """
 
     token: LossSection = field(default_factory=LossSection)
     input_kl: LossSection = field(default_factory=lambda: LossSection(weight=1.0))
     response_kl: LossSection = field(default_factory=lambda: LossSection(weight=1.0))
     response_ce: LossSection = field(default_factory=LossSection)
+    layer_hidden: LossSection = field(default_factory=LossSection)
+    layer_kl: LossSection = field(default_factory=LossSection)
     quantity: LossSection = field(default_factory=lambda: LossSection(weight=1.0))
     temperature: float = 2.0
     scale_by_temperature_squared: bool = False
+    layer: int = 1
+    layer_distance: LayerDistance = "cosine"
+
+    def __post_init__(self) -> None:
+        """Refuse layers that are no layer; how many there are, the language model knows."""
+        if self.layer < 1:
+            raise ValueError(f"layer must be 1 for the first layer, or more, got {self.layer}")
 
 
 @dataclass(frozen=True)

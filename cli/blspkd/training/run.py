@@ -19,6 +19,7 @@ from blspkd.data.features import FeatureCache
 from blspkd.data.manifest import Record
 from blspkd.model.bases import load_feature_extractor, load_tokenizer
 from blspkd.model.configuration import BlspKDConfig
+from blspkd.model.early_layer import check_layer
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor
 
@@ -160,6 +161,8 @@ def build_model(config: TrainConfig) -> BlspKDForConditionalGeneration:
     model = BlspKDForConditionalGeneration.from_parts(
         BlspKDConfig(**section), dtype=dtype, trust_remote_code=trust_remote_code
     )
+    if config.losses.layer_hidden.weight > 0 or config.losses.layer_kl.weight > 0:
+        check_layer(model.language_model.get_decoder(), config.losses.layer)
     if config.optim.gradient_checkpointing:
         _recompute_activations(model.language_model)
         if config.model.train_encoder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blspkd.model.objective import LOSS_NAMES, LossWeights
+from blspkd.model.objective import LOSS_NAMES, LossWeights, Objective
 
 from .config import LossesSection
 
@@ -22,6 +22,17 @@ def weights_at(losses: LossesSection, progress: float) -> LossWeights:
         loss = getattr(losses, name)
         weights[name] = loss.weight if loss.start <= progress < loss.stop else 0.0
     return LossWeights(**weights)
+
+
+def objective_at(losses: LossesSection, progress: float) -> Objective:
+    """The objective at a point of the run; see :func:`weights_at`."""
+    return Objective(
+        weights_at(losses, progress),
+        losses.temperature,
+        losses.scale_by_temperature_squared,
+        losses.layer,
+        losses.layer_distance,
+    )
 
 
 def check_schedule(losses: LossesSection) -> None:

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from blspkd.data.batches import ClipDataset, Collator, LengthGroupedSampler
-from blspkd.model.objective import Objective, loss_items
+from blspkd.model.objective import loss_items
 
 from .config import TrainConfig
-from .schedule import weights_at
+from .schedule import objective_at
 
 Figures = dict[str, float]
 
@@ -90,11 +90,8 @@ class BlspKDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of this point of the run, on one micro-batch."""
-        losses = self.run_config.losses
         progress = self.state.global_step / max(1, self.state.max_steps)
-        objective = Objective(
-            weights_at(losses, progress), losses.temperature, losses.scale_by_temperature_squared
-        )
+        objective = objective_at(self.run_config.losses, progress)
         output = model(**inputs, objective=objective, num_items=self.step_items)
         for name, value in output.losses.items():
             self.loss_sums[name] = self.loss_sums[name].to(value.device) + value
