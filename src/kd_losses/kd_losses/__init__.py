@@ -1,5 +1,6 @@
 """Distillation losses fused with a frozen language-model head."""
 
+from kd_losses.alignment import cif_alignment_loss
 from kd_losses.backends import Backend
 from kd_losses.counts import global_num_items
 from kd_losses.divergences import Divergence, divergence_with_logits, kl_div_with_logits
@@ -24,6 +25,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearKLDivLoss",
     "Reduction",
+    "cif_alignment_loss",
     "cif_quantity_loss",
     "divergence_with_logits",
     "global_num_items",
