@@ -71,6 +71,7 @@ def describe_model(
         },
         "adapter": config.adapter,
         "plora": config.plora,
+        "plain_lora": config.plain_lora,
         "speech_embedding": config.speech_embedding,
         "full_window": config.full_window,
         "prompt": config.prompt,

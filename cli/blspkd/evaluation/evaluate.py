@@ -22,6 +22,7 @@ from .answers import (
 from .bootstrap import Gap
 from .cascade import Transcriber
 from .conditions import Condition, hear_clean, hear_under
+from .drift import ANSWERS_CHANGED, DRIFT_KL, answers_changed, measure_drift
 from .gaps import score_gaps
 from .meters import ClipMeters, measure_clips
 from .tasks import EvalConfig, Row, RowName, references, score_rows, task_messages
@@ -48,6 +49,7 @@ class Evaluation:
         seconds: Wall-clock time of each stage.
         condition: What the clips went through before cascade and speech heard them.
         clip_meters: The meters clip by clip.
+        untouched: With plain LoRA, what the untouched language model answers to the transcripts.
     """
 
     config: EvalConfig
@@ -61,6 +63,7 @@ class Evaluation:
     seconds: dict[str, float] = field(default_factory=dict)
     condition: str = CLEAN
     clip_meters: ClipMeters = field(default_factory=ClipMeters)
+    untouched: list[str] | None = None
 
 
 def select_records(records: Sequence[Record], config: EvalConfig, prompt: str) -> list[Record]:
@@ -194,10 +197,23 @@ def evaluate(
     # with the prompts that the recorded responses were written for, whatever this task asks
     dataset = ClipDataset(records, processor, prompt=model.config.prompt, hear=hear)
     collator = Collator(processor, full_window=model.config.full_window)
-    batches = _counted(
-        batches_of(dataset, collator, config.batch_size), len(records), stages.start("meters")
-    )
-    clip_meters = measure_clips(model, batches, device=model.embedding_weight().device)
+    device = model.embedding_weight().device
+
+    def batches(stage: str) -> Iterator[Mapping[str, Any]]:
+        found = batches_of(dataset, collator, config.batch_size)
+        return _counted(found, len(records), stages.start(stage))
+
+    clip_meters = measure_clips(model, batches("meters"), device=device)
+    meters = clip_meters.means().figures()
+    untouched = None
+    if model.config.plain_lora:
+        drift = measure_drift(model, batches("drift"), device=device)
+        clip_meters.parts.update(drift.parts)
+        meters[DRIFT_KL] = drift.mean(DRIFT_KL) or 0.0
+        with model.untouched():
+            untouched = from_text("untouched", [r.text for r in records]).answers
+        meters[ANSWERS_CHANGED] = answers_changed(rows["text"].answers, untouched)
+        notes.append("plain LoRA: text and cascade are answered by the adapted language model")
     stages.stop()
     answered = sum(record.response is not None for record in records)
     if answered < len(records):
@@ -212,11 +228,12 @@ def evaluate(
         references=references(records, config.task),
         scores=score_rows(config.task, records, rows),
         gaps=score_gaps(config.task, records, rows, seed=config.seed),
-        meters=clip_meters.means().figures(),
+        meters=meters,
         notes=notes,
         seconds=seconds,
         condition=CLEAN if condition is None else condition.name,
         clip_meters=clip_meters,
+        untouched=untouched,
     )
 
 

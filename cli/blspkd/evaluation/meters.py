@@ -78,14 +78,14 @@ class ClipMeters:
 
     def means(self) -> Meters:
         """Over all clips, each item weighing the same."""
-        figures: dict[str, float | None] = {}
-        for name in Meters.__dataclass_fields__:
-            if name == "clips":
-                continue
-            pairs = self.parts.get(name, [])
-            count = sum(number for _, number in pairs)
-            figures[name] = sum(total for total, _ in pairs) / count if count else None
-        return Meters(clips=self.clips, **figures)
+        names = (name for name in Meters.__dataclass_fields__ if name != "clips")
+        return Meters(clips=self.clips, **{name: self.mean(name) for name in names})
+
+    def mean(self, name: str) -> float | None:
+        """One meter over all clips; None if no clip gives it."""
+        pairs = self.parts.get(name, [])
+        count = sum(number for _, number in pairs)
+        return sum(total for total, _ in pairs) / count if count else None
 
 
 def measure(

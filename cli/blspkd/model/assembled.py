@@ -6,7 +6,8 @@ V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from .adapting import build_adapter, check_head, soft_embeddings
 from .configuration import BlspKDConfig
 from .encoder import SpeechEncoder
 from .pretrained import PartsModel
+
+LONGEST = 1 << 15
+"""Positions of a sequence where a language model's configuration does not say how many it takes."""
 
 
 class AssembledModel(PartsModel):
@@ -125,9 +129,31 @@ class AssembledModel(PartsModel):
         return soft_embeddings(vectors, self.embedding_weight(), self.config.token_scale)
 
     def plora_on(self, speech_mask: Tensor | None) -> AbstractContextManager[Any]:
-        """PLoRA on these positions (B, S), or nowhere."""
+        """PLoRA on these positions (B, S), or nowhere; on all of them with ``plain_lora``."""
         if self.config.plora is None:
             return nullcontext()
+        if self.config.plain_lora:
+            return self._lora_everywhere(teaching=speech_mask is None)
         if speech_mask is None:
             return plora_disabled(self.language_model)
         return plora_mask(speech_mask)
+
+    def untouched(self) -> AbstractContextManager[Any]:
+        """The language model as it was before any training, whatever else is asked for inside."""
+        if self.config.plora is None:
+            return nullcontext()
+        return plora_disabled(self.language_model)
+
+    @contextmanager
+    def _lora_everywhere(self, *, teaching: bool) -> Iterator[None]:
+        """Every position adapted, generated ones too; a teacher drops nothing out."""
+        text_config = self.language_model.config.get_text_config()
+        length = getattr(text_config, "max_position_embeddings", None) or LONGEST
+        was_training = self.language_model.training
+        if teaching:
+            self.language_model.eval()
+        try:
+            with plora_mask(torch.ones(1, length, dtype=torch.bool)):
+                yield
+        finally:
+            self.language_model.train(was_training)

@@ -24,6 +24,9 @@ class BlspKDConfig(PreTrainedConfig):
         adapter: fields of :class:`speech_adapters.CFormerConfig` or
             :class:`speech_adapters.ConvSubsamplerConfig`; sizes follow from the parts.
         plora: fields of :class:`plora.PLoRAConfig`; None leaves the language model bare.
+        plain_lora: PLoRA's matrices act on every position, text and answers too, for the teacher as
+            for the student: ordinary LoRA, the contrast. The teacher drifts while it teaches, and
+            answers to text are no longer the untouched language model's.
         train_encoder: the encoder is trained too, and therefore belongs to the checkpoint.
         full_window: encode 30 s of padding with each clip, as Whisper was trained; by default only
             the real frames are encoded.
@@ -47,6 +50,7 @@ class BlspKDConfig(PreTrainedConfig):
         adapter_type: AdapterType = "cformer",
         adapter: dict[str, Any] | None = None,
         plora: dict[str, Any] | None = None,
+        plain_lora: bool = False,
         train_encoder: bool = False,
         full_window: bool = False,
         speech_embedding: SpeechEmbedding = "direct",
@@ -62,6 +66,8 @@ class BlspKDConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
         if prompt.count("{speech}") != 1:
             raise ValueError(f"prompt must contain {{speech}} exactly once, got {prompt!r}")
+        if plain_lora and plora is None:
+            raise ValueError("plain_lora says where plora acts: give plora's options, not null")
         if token_scale <= 0:
             raise ValueError(f"token_scale must be positive, got {token_scale}")
         self.encoder = encoder
@@ -71,6 +77,7 @@ class BlspKDConfig(PreTrainedConfig):
         self.adapter_type = adapter_type
         self.adapter = dict(adapter or {})
         self.plora = None if plora is None else dict(plora)
+        self.plain_lora = plain_lora
         self.train_encoder = train_encoder
         self.full_window = full_window
         self.speech_embedding = speech_embedding

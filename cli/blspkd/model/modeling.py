@@ -68,6 +68,8 @@ class BlspKDForConditionalGeneration(AssembledModel):
                 read once for all rows and both passes, which then begin after them.
         """
         attention_mask, speech_mask = attention_mask.bool(), speech_mask.bool()
+        if self.config.plain_lora:
+            prompt_length = 0  # what is read once for all passes carries no gradient
         aligned = self.config.adapter_type == "cformer"
         adapter = self.embed_speech(
             input_features=input_features,

@@ -20,6 +20,7 @@ class ModelSection:
         adapter_type: "cformer" or "conv".
         adapter: fields of the adapter's configuration.
         plora: fields of PLoRAConfig; null for a bare language model.
+        plain_lora: let PLoRA act on text too, for teacher and student: ordinary LoRA, the contrast.
         train_encoder: train the speech encoder too.
         full_window: encode 30 s of padding with each clip.
         speech_embedding: "direct" (the paper) or "soft".
@@ -34,6 +35,7 @@ class ModelSection:
     adapter_type: AdapterType = "cformer"
     adapter: dict[str, Any] = field(default_factory=dict)
     plora: dict[str, Any] | None = field(default_factory=dict)
+    plain_lora: bool = False
     train_encoder: bool = False
     full_window: bool = False
     speech_embedding: SpeechEmbedding = "direct"
