@@ -106,7 +106,8 @@ def attempt(run: Callable[[], object]) -> object:
     """What `run` returns, or what it raises, as a line of text."""
     try:
         return run()
-    # any of 180 models may raise anything, and that is a finding, not an error of the sweep
+    # Not narrower: any of 180 models may raise anything, and the sweep goes on with the next one.
+    # None is lost: callers turn the line into a verdict, "fails" unless the base model raises too.
     except Exception as error:
         return f"raises {first_line(error)}"
 

@@ -32,7 +32,8 @@ def examine(model_type: str) -> dict[str, Any]:
             subject = Subject(base)
             with torch.no_grad():
                 base(input_ids=subject.ids)
-        # whatever a class asks for that is not here: that it is missing is what is recorded
+        # Not narrower: each class fails in its own way where a package, a file or a size is not
+        # as it wants. None is lost: it is recorded as missing, and the tests compare the record.
         except Exception as error:
             return found | {"missing": first_line(error)}
         left_out, adapted = _layers(subject)
