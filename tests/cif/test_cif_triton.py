@@ -9,6 +9,7 @@ from cif import CIF, cif
 from cif.alignment import build_alignment
 from cif.backends import triton_align
 from cif.backends.triton_integrate import _integrate, _integrate_backward
+from cif.prefix import Rule
 
 pytest.importorskip("triton")
 
@@ -126,14 +127,10 @@ def test_the_scan_is_bitwise_that_of_the_torch_backend(
     if masked:
         mask = (torch.rand(rows, frames, generator=generator) > 0.3).to(device)
     targets = torch.randint(0, 12, (rows,), generator=generator) if mode == "targets" else None
-    options = {
-        "threshold": threshold,
-        "tail": "round" if mode == "targets" else mode,
-        "tail_threshold": 0.4,
-    }
-    expected = build_alignment(alphas, mask, targets, max_tokens=None, **options)
+    rule = Rule(threshold, "round" if mode == "targets" else mode, 0.4)
+    expected = build_alignment(alphas, mask, targets, rule, max_tokens=None)
     on_device = None if targets is None else targets.to(device)
-    got = triton_align.align(alphas, mask, on_device, num_tokens=expected.num_tokens, **options)
+    got = triton_align.align(alphas, mask, on_device, rule, num_tokens=expected.num_tokens)
     spans = expected.spans()
     for name in ("starts", "ends", "limits", "units"):
         assert torch.equal(getattr(got.spans, name), getattr(spans, name)), name

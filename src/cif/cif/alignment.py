@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cif.backends.torch_backend import integrate
-from cif.prefix import FRACTION_BITS, ONE, Tail, fire_times
+from cif.prefix import FRACTION_BITS, ONE, Rule, fire_times
 from cif.rows import build_rows
 from cif.spans import Spans, lay_out, merge
 
@@ -144,21 +144,11 @@ def build_alignment(
     alphas: Tensor,
     attention_mask: Tensor | None,
     target_lengths: Tensor | None,
-    *,
-    threshold: float,
-    tail: Tail,
-    tail_threshold: float,
+    rule: Rule,
     max_tokens: int | None,
 ) -> Alignment:
     """Decide the fires of a padded batch; the arguments are those of `cif.align`, checked."""
-    rows = build_rows(
-        alphas,
-        attention_mask,
-        target_lengths,
-        threshold=threshold,
-        tail=tail,
-        tail_threshold=tail_threshold,
-    )
+    rows = build_rows(alphas, attention_mask, target_lengths, rule)
     if max_tokens is None:
         max_tokens = longest(rows.counts if target_lengths is None else target_lengths)
     lengths = rows.counts.clamp(max=max_tokens)
@@ -166,8 +156,8 @@ def build_alignment(
     frame_ends = rows.prefix.minimum((fired << FRACTION_BITS)[:, None])
     token = torch.arange(max_tokens, device=lengths.device)
     factors = None
-    if target_lengths is None and tail == "threshold":
-        factors = tail_factors(rows.totals, rows.alpha_sum / threshold, lengths, token)
+    if target_lengths is None and rule.tail == "threshold":
+        factors = tail_factors(rows.totals, rows.alpha_sum / rule.threshold, lengths, token)
     return Alignment(
         lengths=lengths,
         attention_mask=token < lengths[:, None],

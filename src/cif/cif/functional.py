@@ -14,7 +14,7 @@ from torch import Tensor
 from cif.alignment import Alignment, build_alignment, longest, tail_factors
 from cif.backends import Backend, resolve, triton_align
 from cif.backends.dispatch import integrate
-from cif.prefix import Tail
+from cif.prefix import Rule, Tail
 from cif.spans import check_axis
 from cif.validation import check_alphas, check_hidden_states, check_options
 
@@ -110,29 +110,13 @@ def cif(
     check_hidden_states(hidden_states, alphas)
     check_alphas(alphas, attention_mask, target_lengths)
     check_options(threshold, tail, tail_threshold, max_tokens, backend)
+    rule = Rule(threshold, tail, tail_threshold)
     backend = resolve(backend, hidden_states.device)
     if hidden_states.dtype == torch.float64:
         alphas = alphas.double()
     if backend == "triton":
-        return _cif_triton(
-            hidden_states,
-            alphas,
-            attention_mask,
-            target_lengths,
-            threshold=threshold,
-            tail=tail,
-            tail_threshold=tail_threshold,
-            max_tokens=max_tokens,
-        )
-    alignment = build_alignment(
-        alphas,
-        attention_mask,
-        target_lengths,
-        threshold=threshold,
-        tail=tail,
-        tail_threshold=tail_threshold,
-        max_tokens=max_tokens,
-    )
+        return _cif_triton(hidden_states, alphas, attention_mask, target_lengths, rule, max_tokens)
+    alignment = build_alignment(alphas, attention_mask, target_lengths, rule, max_tokens)
     return CIFOutput(
         hidden_states=_integrate(alignment, hidden_states, backend),
         lengths=alignment.lengths,
@@ -147,24 +131,13 @@ def _cif_triton(
     alphas: Tensor,
     attention_mask: Tensor | None,
     target_lengths: Tensor | None,
-    *,
-    threshold: float,
-    tail: Tail,
-    tail_threshold: float,
+    rule: Rule,
     max_tokens: int | None,
 ) -> CIFOutput:
     """Do what `cif` does in two kernels, one that decides the fires and one that integrates."""
     mask = None if attention_mask is None else attention_mask.bool().contiguous()
     targets = None if target_lengths is None else target_lengths.to(alphas.device, torch.int64)
-    decide = partial(
-        triton_align.align,
-        alphas,
-        mask,
-        targets,
-        threshold=threshold,
-        tail=tail,
-        tail_threshold=tail_threshold,
-    )
+    decide = partial(triton_align.align, alphas, mask, targets, rule)
     if max_tokens is not None:
         num_tokens = max_tokens
     elif target_lengths is not None:
@@ -174,9 +147,9 @@ def _cif_triton(
     check_axis(alphas.shape[0] * num_tokens)
     aligned = decide(num_tokens=num_tokens)
     factors = None
-    if target_lengths is None and tail == "threshold":
+    if target_lengths is None and rule.tail == "threshold":
         token = torch.arange(num_tokens, device=alphas.device)
-        tokens = aligned.alpha_sum / threshold
+        tokens = aligned.alpha_sum / rule.threshold
         factors = tail_factors(aligned.totals, tokens, aligned.lengths, token)
     batch, frames, width = hidden_states.shape
     flat = hidden_states.reshape(batch * frames, width)
@@ -225,15 +198,8 @@ def align(
     """
     check_alphas(alphas, attention_mask, target_lengths)
     check_options(threshold, tail, tail_threshold, max_tokens, "torch")
-    return build_alignment(
-        alphas,
-        attention_mask,
-        target_lengths,
-        threshold=threshold,
-        tail=tail,
-        tail_threshold=tail_threshold,
-        max_tokens=max_tokens,
-    )
+    rule = Rule(threshold, tail, tail_threshold)
+    return build_alignment(alphas, attention_mask, target_lengths, rule, max_tokens)
 
 
 def _integrate(alignment: Alignment, hidden_states: Tensor, backend: Backend) -> Tensor:

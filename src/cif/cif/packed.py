@@ -14,7 +14,7 @@ from torch import Tensor
 from cif.alignment import tail_factors
 from cif.backends import Backend, resolve
 from cif.backends.dispatch import integrate
-from cif.prefix import FRACTION_BITS, ONE, Tail, moment, row_totals
+from cif.prefix import FRACTION_BITS, ONE, Rule, Tail, moment, row_totals
 from cif.rows import Rows, build_rows
 from cif.spans import Spans, check_axis
 from cif.validation import check_options, check_packed
@@ -102,9 +102,7 @@ def cif_packed(
         place.pad(alphas),
         place.mask,
         target_lengths,
-        threshold=threshold,
-        tail=tail,
-        tail_threshold=tail_threshold,
+        Rule(threshold, tail, tail_threshold),
     )
     cu_tokens = F.pad(rows.counts.cumsum(0), (1, 0))
     if max_tokens is None:

@@ -10,7 +10,7 @@ A row may sum to less than 2**22 tokens.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ MAX_TOTAL = 1 << 22
 
 Tail = Literal["round", "threshold", "drop", "keep"]
 TAILS: tuple[Tail, ...] = ("round", "threshold", "drop", "keep")
+
+
+class Rule(NamedTuple):
+    """When a token fires; the options of `cif.cif` by these names, checked.
+
+    Attributes:
+        threshold: the sum of alpha that makes one token.
+        tail: what becomes of the rest after the last whole token.
+        tail_threshold: the smallest rest, as a part of a token, that `tail="threshold"` fires.
+    """
+
+    threshold: float
+    tail: Tail
+    tail_threshold: float
 
 
 def fixed_point_prefix(alphas: Tensor, threshold: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cif.prefix import (
     MAX_TOTAL,
     ONE,
-    Tail,
+    Rule,
     fixed_point_prefix,
     row_totals,
     scale_prefix,
@@ -77,12 +77,10 @@ def build_rows(
     alphas: Tensor,
     attention_mask: Tensor | None,
     target_lengths: Tensor | None,
-    *,
-    threshold: float,
-    tail: Tail,
-    tail_threshold: float,
+    rule: Rule,
 ) -> Rows:
     """Decide the fires of a padded batch; the arguments are those of `cif.align`, checked."""
+    threshold, tail, tail_threshold = rule
     usable, summed, valid, frame_mask = usable_alphas(alphas, attention_mask, threshold)
     levels = usable.double().cumsum(dim=1) / threshold
     with torch.no_grad():

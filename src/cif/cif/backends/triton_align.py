@@ -17,7 +17,7 @@ from cif.backends.triton_launch import (
     launch_align,
     launch_align_backward,
 )
-from cif.prefix import Tail
+from cif.prefix import Rule, Tail
 from cif.spans import Spans
 
 
@@ -37,11 +37,9 @@ def align(
     alphas: Tensor,
     mask: Tensor | None,
     targets: Tensor | None,
+    rule: Rule,
     *,
     num_tokens: int,
-    threshold: float,
-    tail: Tail,
-    tail_threshold: float,
 ) -> Aligned:
     """Decide the fires of a padded batch in one kernel; bitwise those of `cif.alignment`.
 
@@ -49,12 +47,10 @@ def align(
         alphas: (B, T) float.
         mask: (B, T) bool, True at real frames; None where all are.
         targets: (B,) int64 on the device of `alphas`, or None.
+        rule: when a token fires.
         num_tokens: N.
-        threshold: as for `cif.cif`, like the rest.
-        tail: the rule for the rest.
-        tail_threshold: the smallest rest that `tail="threshold"` fires.
     """
-    scan = Scan(*_align(alphas, mask, targets, num_tokens, threshold, tail, tail_threshold))
+    scan = Scan(*_align(alphas, mask, targets, num_tokens, *rule))
     readable = None if mask is None else mask.flatten()
     return Aligned(
         spans=Spans(
@@ -91,9 +87,8 @@ def _align(
     tail: str,
     tail_threshold: float,
 ) -> _Twelve:
-    return launch_align(
-        alphas, mask, targets, num_tokens, threshold, cast(Tail, tail), tail_threshold
-    )
+    rule = Rule(threshold, cast(Tail, tail), tail_threshold)
+    return launch_align(alphas, mask, targets, rule, num_tokens)
 
 
 @_align.register_fake

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cif.backends.triton_tiles import backward_tile, forward_tile
-from cif.prefix import MAX_TOTAL, ONE, Tail, tail_bias
+from cif.prefix import MAX_TOTAL, ONE, Rule, tail_bias
 
 # Frames and tokens of a row that the scans take at a time.
 _SCAN_BLOCK = 1024
@@ -82,10 +82,8 @@ def launch_align(
     alphas: Tensor,
     mask: Tensor | None,
     targets: Tensor | None,
+    rule: Rule,
     num_tokens: int,
-    threshold: float,
-    tail: Tail,
-    tail_threshold: float,
 ) -> Scan:
     """Run the scan of each row.
 
@@ -93,11 +91,10 @@ def launch_align(
         alphas: (B, T) float.
         mask: (B, T) bool, True at real frames; None where all are.
         targets: (B,) int64, or None.
+        rule: when a token fires.
         num_tokens: N.
-        threshold: as for `cif.cif`, like the rest.
-        tail: the rule for the rest.
-        tail_threshold: the smallest rest that `tail="threshold"` fires.
     """
+    threshold, tail, tail_threshold = rule
     scan = empty_scan(alphas, num_tokens)
     batch, frames = alphas.shape
     if batch == 0:
