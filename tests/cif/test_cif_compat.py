@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tests.cif.ragged import ROUNDING, batches, distance
 from torch_cif import cif_function
 
 from cif.compat import torch_cif
@@ -12,24 +13,6 @@ EPS = 1e-4  # torch-cif scales alpha to a sum of beta * N + EPS
 # The edges of a token then lie up to EPS of weight too early, one at either end, and the weights
 # within it are up to a factor 1 + EPS / (beta * N) too large: at most 3 * EPS of weight in all.
 MOVED = 3 * EPS
-ROUNDING = 2e-5  # float32 sums over up to 60 frames, several tokens long
-
-
-@st.composite
-def batches(draw):
-    """Ragged batches, right-padded, alphas in (0, 1) or, if wanted, above."""
-    batch, frames = draw(st.integers(1, 3)), draw(st.integers(1, 60))
-    torch.manual_seed(draw(st.integers(0, 999)))
-    hidden = torch.randn(batch, frames, draw(st.integers(1, 4)))
-    alphas = torch.rand(batch, frames) * draw(st.sampled_from([0.1, 0.5, 1.0]))
-    lengths = torch.tensor([draw(st.integers(1, frames)) for _ in range(batch)])
-    padding = torch.arange(frames) >= lengths[:, None]
-    return hidden, alphas, padding
-
-
-def distance(values):
-    """How near the nearest whole number is."""
-    return float((values - values.round()).abs().min())
 
 
 @settings(deadline=None, max_examples=60)

@@ -6,27 +6,9 @@ docs/cif.md says what was measured side by side with the two themselves.
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tests.cif.ragged import ROUNDING, batches, distance
 
 from cif.compat import blsp_cif, funasr_cif, funasr_predictor
-
-ROUNDING = 2e-5  # float32 sums over up to 60 frames, several tokens long
-
-
-@st.composite
-def batches(draw):
-    """Ragged batches, right-padded, alphas in (0, 1) or, if wanted, above."""
-    batch, frames = draw(st.integers(1, 3)), draw(st.integers(1, 60))
-    torch.manual_seed(draw(st.integers(0, 999)))
-    hidden = torch.randn(batch, frames, draw(st.integers(1, 4)))
-    alphas = torch.rand(batch, frames) * draw(st.sampled_from([0.1, 0.5, 1.0]))
-    lengths = torch.tensor([draw(st.integers(1, frames)) for _ in range(batch)])
-    padding = torch.arange(frames) >= lengths[:, None]
-    return hidden, alphas, padding
-
-
-def distance(values):
-    """How near the nearest whole number is."""
-    return float((values - values.round()).abs().min())
 
 
 def peaks(alphas, threshold=1.0):
