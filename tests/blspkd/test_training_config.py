@@ -3,10 +3,11 @@
 import pytest
 import yaml
 
-from blspkd.training.config import LossesSection, LossSection, TrainConfig
+from blspkd.training.config import LossesSection, TrainConfig
 from blspkd.training.config_file import as_dict, load_config
 from blspkd.training.report import table
 from blspkd.training.schedule import check_schedule, weights_at
+from blspkd.training.windows import LossSection
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_run_that_for_a_while_asks_for_nothing_is_refused():
         token=LossSection(1.0, stop=0.5), input_kl=off, response_kl=off, quantity=off
     )
     with pytest.raises(ValueError, match="none is active from 50% of the run on"):
-        check_schedule(losses)
+        check_schedule(TrainConfig(losses=losses))
 
 
 def test_the_table_has_a_block_for_each_set():

@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from speech_adapters import AdapterOutput
 from .adapting import build_adapter, check_head, soft_embeddings
 from .configuration import BlspKDConfig
 from .encoder import SpeechEncoder
+from .parts import Part, part_of
 from .pretrained import PartsModel
 
 LONGEST = 1 << 15
@@ -59,17 +60,43 @@ class AssembledModel(PartsModel):
         )
         if config.plora is not None:
             apply_plora(language_model, PLoRAConfig.from_dict(config.plora))
+        # fixed now: what is frozen for a while still belongs to a checkpoint
+        self.trainable = frozenset(n for n, p in self.named_parameters() if p.requires_grad)
+        self.learning: frozenset[Part] = frozenset(part_of(name) for name in self.trainable)
         # what a checkpoint leaves out, so that Trainer doesn't warn of it when it resumes
         self._keys_to_ignore_on_save = set(self.state_dict()) - self.trained_names()
 
     def train(self, mode: bool = True) -> AssembledModel:
         """Switch the trained parts to training mode; frozen parts never drop anything out."""
         super().train(mode)
-        if not self.config.train_encoder:
-            self.speech_encoder.eval()
-        if self.config.plora is None:
-            self.language_model.eval()
+        for part, module in (
+            ("encoder", self.speech_encoder),
+            ("adapter", self.adapter),
+            ("plora", self.language_model),
+        ):
+            if part not in self.learning:
+                module.eval()
         return self
+
+    def train_parts(self, parts: Collection[Part]) -> None:
+        """Let only these of the trained parts learn from now on, and freeze the others.
+
+        A checkpoint holds all of them nevertheless. Takes effect on dropout with the next
+        :meth:`train`.
+
+        Args:
+            parts: some of "adapter", "plora" and "encoder"; one that this model does not train
+                stays frozen.
+        """
+        learning = frozenset(parts) & {part_of(name) for name in self.trainable}
+        if learning == self.learning:
+            return
+        self.learning = learning
+        for name, parameter in self.named_parameters():
+            if name in self.trainable:
+                parameter.requires_grad_(part_of(name) in learning)
+                if not parameter.requires_grad:
+                    parameter.grad = None
 
     def embedding_weight(self) -> Tensor:
         """(V, H), the language model's input embeddings."""
@@ -86,7 +113,7 @@ class AssembledModel(PartsModel):
         self, input_features: Tensor, feature_attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the speech encoder: (B, M, F) and (B, F) to (B, T, D) and its (B, T) mask."""
-        with nullcontext() if self.config.train_encoder else torch.no_grad():
+        with nullcontext() if "encoder" in self.learning else torch.no_grad():
             hidden, mask = self.speech_encoder(input_features, feature_attention_mask)
         return hidden, mask
 

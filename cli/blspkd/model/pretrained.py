@@ -27,6 +27,7 @@ class PartsModel(PreTrainedModel):
     """
 
     config_class = BlspKDConfig
+    trainable: frozenset[str] = frozenset()
 
     @classmethod
     def from_parts(
@@ -111,8 +112,8 @@ class PartsModel(PreTrainedModel):
         return model
 
     def trained_names(self) -> set[str]:
-        """Names of the parameters that belong to a checkpoint: all that are trained."""
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Names of the parameters that belong to a checkpoint: all that are ever trained."""
+        return set(self.trainable)
 
     def save_pretrained(  # type: ignore[override]  # the rest goes through **kwargs
         self,

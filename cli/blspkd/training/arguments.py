@@ -52,4 +52,6 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     for name in config.trainer:
         if name not in known:
             raise ValueError(f"trainer.{name} is no field of transformers.TrainingArguments")
-    return TrainingArguments(**given, **config.trainer)
+    # which parameters get gradients changes along the run; Trainer would not look when activations
+    # are recomputed, which is for the reentrant kind that is not used here
+    return TrainingArguments(**{"ddp_find_unused_parameters": True, **given, **config.trainer})

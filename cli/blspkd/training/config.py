@@ -8,6 +8,8 @@ from typing import Any, Literal
 from blspkd.model.configuration import DEFAULT_PROMPT, AdapterType, SpeechEmbedding
 from blspkd.model.objective import LayerDistance
 
+from .windows import LossSection, TrainedSection
+
 
 @dataclass(frozen=True)
 class ModelSection:
@@ -73,28 +75,6 @@ class DataSection:
 
 
 @dataclass(frozen=True)
-class LossSection:
-    """One loss: its weight, and the stretch of the run in which it counts.
-
-    Attributes:
-        weight: factor on the loss; 0 leaves it out.
-        start: fraction of the run at which it sets in.
-        stop: fraction of the run at which it ends.
-    """
-
-    weight: float = 0.0
-    start: float = 0.0
-    stop: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse windows that are empty or reach out of the run."""
-        if self.weight < 0:
-            raise ValueError(f"weight must be >= 0, got {self.weight}")
-        if not 0.0 <= self.start < self.stop <= 1.0:
-            raise ValueError(f"expected 0 <= start < stop <= 1, got {self.start} and {self.stop}")
-
-
-@dataclass(frozen=True)
 class LossesSection:
     """The objective; see :class:`blspkd.model.objective.LossWeights` for what each loss is.
 
@@ -138,6 +118,8 @@ class OptimSection:
     Attributes:
         learning_rate: at its peak.
         plora_learning_rate: of PLoRA's matrices; the same when null.
+        encoder_learning_rate: of the speech encoder, where it is trained; the same when null.
+        trained: the stretch of the run in which each part is trained.
         warmup_steps: linear.
         schedule: after the warm-up.
         weight_decay: on matrices; never on norms and biases.
@@ -154,6 +136,8 @@ class OptimSection:
 
     learning_rate: float = 1e-4
     plora_learning_rate: float | None = None
+    encoder_learning_rate: float | None = None
+    trained: TrainedSection = field(default_factory=TrainedSection)
     warmup_steps: int = 1000
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.05

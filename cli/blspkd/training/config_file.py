@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from .config import LossSection, TrainConfig
+from .config import TrainConfig
+from .windows import LossSection
 
 
 def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> TrainConfig:

@@ -25,7 +25,7 @@ def dry_run(config: TrainConfig, *, say: Say) -> str:
     Returns:
         The description, several lines.
     """
-    check_schedule(config.losses)
+    check_schedule(config)
     processor = make_processor(config)
     with TemporaryDirectory() as scratch:
         clips = read_clips(config, processor, Path(scratch))

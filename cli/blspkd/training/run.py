@@ -77,7 +77,7 @@ def train(
     Raises:
         ValueError: for whatever is wrong with configuration or data; nothing is trained then.
     """
-    check_schedule(config.losses)
+    check_schedule(config)
     process = PartialState(cpu=not torch.cuda.is_available())
     if not process.is_main_process:
         say = _say_nothing

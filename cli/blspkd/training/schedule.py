@@ -1,10 +1,12 @@
-"""Which losses count at which point of a run."""
+"""Which losses count, and which parts are trained, at which point of a run."""
 
 from __future__ import annotations
 
 from blspkd.model.objective import LOSS_NAMES, LossWeights, Objective
+from blspkd.model.parts import Part
 
-from .config import LossesSection
+from .config import LossesSection, TrainConfig
+from .windows import Window
 
 
 def weights_at(losses: LossesSection, progress: float) -> LossWeights:
@@ -17,11 +19,10 @@ def weights_at(losses: LossesSection, progress: float) -> LossWeights:
     Returns:
         The weights: a loss counts from its ``start`` up to, not including, its ``stop``.
     """
-    weights = {}
-    for name in LOSS_NAMES:
-        loss = getattr(losses, name)
-        weights[name] = loss.weight if loss.start <= progress < loss.stop else 0.0
-    return LossWeights(**weights)
+    sections = {name: getattr(losses, name) for name in LOSS_NAMES}
+    return LossWeights(
+        **{name: loss.weight * loss.share_at(progress) for name, loss in sections.items()}
+    )
 
 
 def objective_at(losses: LossesSection, progress: float) -> Objective:
@@ -35,16 +36,42 @@ def objective_at(losses: LossesSection, progress: float) -> Objective:
     )
 
 
-def check_schedule(losses: LossesSection) -> None:
-    """Refuse objectives that at some point of the run ask for nothing."""
-    bounds = sorted(
-        {0.0}
-        | {getattr(losses, n).start for n in LOSS_NAMES}
-        | {getattr(losses, n).stop for n in LOSS_NAMES}
-    )
-    for bound in bounds:
-        if bound < 1.0 and not weights_at(losses, bound).active:
+def parts_at(config: TrainConfig, progress: float) -> dict[Part, float]:
+    """The parts that are trained at a point of the run, each with its share of its learning rate.
+
+    Args:
+        config: the run.
+        progress: fraction of the optimiser steps done, in [0, 1].
+    """
+    model, trained = config.model, config.optim.trained
+    shares: dict[Part, float] = {"adapter": trained.adapter.share_at(progress)}
+    if model.plora is not None:
+        shares["plora"] = trained.plora.share_at(progress)
+    if model.train_encoder:
+        shares["encoder"] = trained.encoder.share_at(progress)
+    return {part: share for part, share in shares.items() if share > 0}
+
+
+def check_schedule(config: TrainConfig) -> None:
+    """Refuse runs in which at some point no loss counts, or none reaches a part that is trained."""
+    losses, trained = config.losses, config.optim.trained
+    windows: list[Window] = [getattr(losses, name) for name in LOSS_NAMES]
+    windows += [trained.adapter, trained.plora, trained.encoder]
+    for bound in sorted({0.0} | {w.start for w in windows} | {w.stop for w in windows} - {1.0}):
+        weights, parts = weights_at(losses, bound), parts_at(config, bound)
+        if not weights.active:
             raise ValueError(
                 f"losses: none is active from {bound:.0%} of the run on; give one of "
                 f"{', '.join(LOSS_NAMES)} a weight there"
+            )
+        if not parts:
+            raise ValueError(
+                f"optim.trained: no part is trained from {bound:.0%} of the run on; widen the "
+                "window of one"
+            )
+        if set(parts) == {"plora"} and not weights.reads_language_model:
+            raise ValueError(
+                f"optim.trained: from {bound:.0%} of the run on only PLoRA is trained, which the "
+                f"losses that count there ({', '.join(weights.active)}) do not reach; train the "
+                "adapter there, or give a loss of the language model a weight"
             )

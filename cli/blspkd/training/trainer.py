@@ -14,9 +14,10 @@ from transformers import Trainer
 
 from blspkd.data.batches import ClipDataset, Collator, LengthGroupedSampler
 from blspkd.model.objective import loss_items
+from blspkd.model.parts import Part, part_of
 
 from .config import TrainConfig
-from .schedule import objective_at
+from .schedule import objective_at, parts_at
 
 Figures = dict[str, float]
 
@@ -82,6 +83,26 @@ class BlspKDTrainer(Trainer):
         }
         return samples, self.step_items.get("quantity")
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One micro-batch, in which the parts learn that are trained at this point of the run."""
+        shares = parts_at(self.run_config, self._progress())
+        unwrapped: Any = self.accelerator.unwrap_model(model)
+        unwrapped.train_parts(shares)
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        for group, rate in zip(
+            self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True
+        ):
+            # frozen parts have no gradients, so their rate is not used
+            group["lr"] = rate * shares.get(group["part"], 1.0)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -90,8 +111,7 @@ class BlspKDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of this point of the run, on one micro-batch."""
-        progress = self.state.global_step / max(1, self.state.max_steps)
-        objective = objective_at(self.run_config.losses, progress)
+        objective = objective_at(self.run_config.losses, self._progress())
         output = model(**inputs, objective=objective, num_items=self.step_items)
         for name, value in output.losses.items():
             self.loss_sums[name] = self.loss_sums[name].to(value.device) + value
@@ -128,6 +148,10 @@ class BlspKDTrainer(Trainer):
         self._start_window()
         return named
 
+    def _progress(self) -> float:
+        """Fraction of the optimiser steps done."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
     def _start_window(self) -> None:
         """Start counting anew: what held-out clips took is not training time."""
         self.loss_sums.clear()
@@ -135,7 +159,7 @@ class BlspKDTrainer(Trainer):
         self.last_log = time.monotonic()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; no weight decay on vectors, a learning rate of its own for PLoRA if asked for."""
+        """AdamW; no weight decay on vectors, a learning rate of its own for each part."""
         if self.optimizer is None:
             target = self.model if model is None else model
             assert target is not None
@@ -147,17 +171,24 @@ class BlspKDTrainer(Trainer):
 
 
 def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Trained parameters by learning rate and weight decay."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    """Trained parameters by part and weight decay; the part is named in the group."""
+    optim = config.optim
+    own: dict[str, float | None] = {
+        "plora": optim.plora_learning_rate,
+        "encoder": optim.encoder_learning_rate,
+    }
+    groups: dict[tuple[Part, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate = config.optim.learning_rate
-        if "lora_" in name and config.optim.plora_learning_rate is not None:
-            rate = config.optim.plora_learning_rate
-        decay = config.optim.weight_decay if parameter.ndim > 1 else 0.0
-        groups[rate, decay].append(parameter)
+        decay = optim.weight_decay if parameter.ndim > 1 else 0.0
+        groups[part_of(name), decay].append(parameter)
     return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr": optim.learning_rate if own.get(part) is None else own[part],
+            "weight_decay": decay,
+            "part": part,
+        }
+        for (part, decay), parameters in groups.items()
     ]
