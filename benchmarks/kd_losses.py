@@ -15,6 +15,9 @@ results/kd_losses-DEVICE.jsonl holds beside measure.py's:
                     median
     over_products   the median over the time that these three products alone take, of all tokens
                     at once
+    loop_ms         on a CPU, the median where the calls follow each other as in a training loop,
+                    with malloc as it is by default; see kd_losses_loop.py
+    loop_faults     the pages that such a call maps anew
     kernel_ms       on CUDA, the time for which the GPU is busy
 """
 
@@ -29,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import kd_losses_report, measure
+from benchmarks import kd_losses_loop, kd_losses_report, measure
 from benchmarks.kd_losses_peers import IMPLEMENTATIONS, Implementation, truth, why_not
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -102,6 +105,12 @@ class Setting:
         return statistics.median(times[1:]) * 1e3
 
 
+def calls_of(shape: tuple[int, int, int], dtype: torch.dtype, names: list[str]) -> dict[str, Call]:
+    """The implementations of these names, ready to call on a CPU."""
+    setting = Setting(shape, dtype, "cpu")
+    return {name: setting.call(IMPLEMENTATIONS[name]) for name in names}
+
+
 def check(name: str, setting: Setting, errors: dict[str, float]) -> None:
     """Hold the gradient to the table of tolerances."""
     limit = TOLERANCES[setting.dtype]
@@ -131,6 +140,12 @@ def measured(setting: Setting, options: argparse.Namespace) -> Iterator[dict[str
         known[name] = {**errors, "kl": value, "note": implementation.note}
         calls[name] = call
     del gradient, found_gradient
+    loop: dict[str, dict[str, float]] = {}
+    if setting.device == "cpu":
+        arguments = (setting.shape, setting.dtype, list(calls))
+        loop = kd_losses_loop.in_a_loop(
+            calls_of, *arguments, repeats=options.repeats, limit_s=options.seconds
+        )
     products = setting.products_ms()
     tokens, width, vocabulary = setting.shape
     timed = measure.take_turns(
@@ -146,7 +161,7 @@ def measured(setting: Setting, options: argparse.Namespace) -> Iterator[dict[str
         figures["products_ms"] = products
         if setting.device == "cuda":
             figures["kernel_ms"] = measure.kernel_ms(calls[name])
-        yield {**base, "implementation": name, **figures, **known[name]}
+        yield {**base, "implementation": name, **figures, **loop.get(name, {}), **known[name]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,15 +17,14 @@ class Distiller(hf.Trainer):
         labels, options = inputs.pop("labels"), {"logits_to_keep": 1, "output_hidden_states": True}
         outputs = model(**inputs, **options)
         with torch.no_grad():
-            expected = self.teacher(**inputs, **options)
+            teacher_states = self.teacher(**inputs, **options).hidden_states[-1]
         models = (self.accelerator.unwrap_model(model), self.teacher)
         head, teacher_head = (one.get_output_embeddings().weight for one in models)
-        count = dict.fromkeys(("num_items", "target_num_items"), num_items_in_batch)
-        hidden = [one.hidden_states[-1] for one in (outputs, expected)]
-        loss, _, _ = linear_kl_div_cross_entropy(
-            hidden[0], head, hidden[1], labels.roll(-1, dims=-1), teacher_head,
-            mask=response_mask(labels), vocab_size=min(len(head), len(teacher_head)), **count,
-        )  # fmt: skip
+        loss = linear_kl_div_cross_entropy(
+            outputs.hidden_states[-1], head, teacher_states, labels.roll(-1, dims=-1), teacher_head,
+            mask=response_mask(labels), vocab_size=min(len(head), len(teacher_head)),
+            num_items=num_items_in_batch, target_num_items=num_items_in_batch,
+        ).loss  # fmt: skip
         # gradients are averaged over the processes, but these are parts of one sum
         loss = loss if num_items_in_batch is None else loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -38,15 +37,11 @@ def main(teacher, student, texts, output, *options):
     tokenizer = hf.AutoTokenizer.from_pretrained(student)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lines = Path(texts).read_text("utf-8").splitlines()
-    trainer = Distiller(
-        hf.AutoModelForCausalLM.from_pretrained(student),
-        arguments,
-        hf.DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        [tokenizer(line + tokenizer.eos_token) for line in lines if line],
-        processing_class=tokenizer,
-    )
-    trainer.teacher = hf.AutoModelForCausalLM.from_pretrained(teacher).eval()
-    trainer.teacher.requires_grad_(False).to(trainer.args.device)
+    rows = [tokenizer(line + tokenizer.eos_token) for line in lines if line]
+    collate = hf.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    model = hf.AutoModelForCausalLM.from_pretrained(student)
+    trainer = Distiller(model, arguments, collate, rows, processing_class=tokenizer)
+    trainer.teacher = hf.AutoModelForCausalLM.from_pretrained(teacher).to(arguments.device)
     trainer.train()
     trainer.save_model(output)
 

@@ -51,6 +51,7 @@ def test_the_kd_losses_benchmark_runs_checks_and_says_what_it_skips(results):
     for row in rows:
         assert row["error_gradient"] <= KL_TOLERANCES[getattr(torch, row["dtype"])]
         assert row["over_products"] == pytest.approx(row["median_ms"] / row["products_ms"])
+        assert 0 < row["loop_p20_ms"] <= row["loop_ms"] <= row["loop_p80_ms"]
     skipped = [row for row in read(folder / "kd_losses-cpu.jsonl") if "skipped" in row]
     assert {"Liger, Triton", "linear_kl_div, Triton"} <= {row["implementation"] for row in skipped}
     assert "skipped: its kernels need a GPU" in printed

@@ -45,7 +45,7 @@ def losses():
 @pytest.mark.parametrize("trainable", [False, True])
 def test_one_graph_with_the_same_numbers(loss, trainable):
     torch._dynamo.reset()
-    # cross entropy selects the rows that have a target, which breaks the graph
+    # with a trainable head, cross entropy breaks the graph to select the rows that have a target
     whole = not (trainable and loss.__name__ == "both")
     compiled = torch.compile(loss, fullgraph=whole, backend="aot_eager")
     for rows in (N, N - 2):
@@ -60,21 +60,85 @@ def test_one_graph_with_the_same_numbers(loss, trainable):
             torch.testing.assert_close(got, expected)
 
 
-def test_masks_may_break_the_graph_but_not_the_numbers():
+MASK = torch.tensor([[True, False, True, False], [True, True, False, False]])
+TEACHER_MASK = torch.tensor([[False, True, True], [True, False, True]])
+
+
+def masked_losses():
+    def kl(h, w, t, mask, teacher_mask):
+        return linear_kl_div(h, w, t[:, :3], mask=mask, teacher_mask=teacher_mask)
+
+    def jsd(h, w, t, mask, teacher_mask):
+        t = torch.cat([t, t], 1)
+        teacher_mask = torch.cat([torch.zeros_like(teacher_mask), teacher_mask], 1)
+        teacher_mask = torch.cat([teacher_mask, torch.zeros_like(mask[:, :2])], 1)
+        return linear_divergence(
+            h, w, t, w.flip(0), divergence="jsd", mask=mask, teacher_mask=teacher_mask,
+            reduction="sum",
+        )  # fmt: skip
+
+    def one_mask(h, w, t, mask, teacher_mask):
+        return linear_kl_div(h, w, t, mask=mask, num_items=7, temperature=2.0)
+
+    def ce(h, w, t, mask, teacher_mask):
+        target = torch.where(mask, 2, -100)
+        each = linear_cross_entropy(h, w, target, reduction="none")
+        return linear_cross_entropy(h, w, target) + each.square().sum()
+
+    def both(h, w, t, mask, teacher_mask):
+        target = torch.where(mask & mask.roll(1, 0), 2, -100)
+        return sum(linear_kl_div_cross_entropy(h, w, t, target, mask=mask))
+
+    def topk(h, w, t, mask, teacher_mask):
+        log_p, ids = (t @ w.detach().T).log_softmax(-1).topk(3)
+        return linear_topk_kl_div(h, w, ids, log_p, mask=mask)
+
+    return [kl, jsd, one_mask, ce, both, topk]
+
+
+@pytest.mark.parametrize("loss", masked_losses(), ids=lambda f: f.__name__)
+def test_masks_stay_in_one_graph_with_the_same_numbers(loss):
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    h, t, w = torch.randn(2, 4, H, requires_grad=True), torch.randn(2, 4, H), torch.randn(V, H)
+    for mask, teacher_mask in (
+        (MASK, TEACHER_MASK),
+        (MASK.flip(0), TEACHER_MASK.flip(1)),
+        (torch.zeros_like(MASK), torch.zeros_like(TEACHER_MASK)),
+    ):
+        results = []
+        for function in (compiled, loss):
+            value = function(h, w, t, mask, teacher_mask)
+            results.append((value, *torch.autograd.grad(value, h)))
+        torch.testing.assert_close(*results)
+
+
+def test_masks_that_do_not_pair_are_found_in_a_graph_too():
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda h, w, t, m, n: linear_kl_div(h, w, t, mask=m, teacher_mask=n),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    h, w = torch.randn(2, 4, H), torch.randn(V, H)
+    with pytest.raises(ValueError, match="teacher_mask: expected as many"):
+        step(h, w, h, MASK, MASK.flip(0) & MASK)
+
+
+def test_where_masks_break_the_graph_the_numbers_stay():
+    """A trainable head, a loss per position."""
     torch._dynamo.reset()
 
-    def step(h, w, t, mask, target):
-        kl = linear_kl_div(h, w, t, mask=mask, teacher_mask=mask.flip(1))
-        return kl + linear_cross_entropy(h, w, target)
+    def step(h, w, t, mask):
+        each = linear_kl_div(h, w.detach(), t, mask=mask, reduction="none")
+        return linear_kl_div(h, w, t, mask=mask, teacher_mask=mask.flip(1)) + each.square().sum()
 
-    mask = torch.tensor([[True, False, True], [True, True, False]])
-    target = torch.where(mask, 2, -100)
-    h, t = torch.randn(2, 3, H, requires_grad=True), torch.randn(2, 3, H)
-    w = torch.randn(V, H)
+    h, t = torch.randn(2, 4, H, requires_grad=True), torch.randn(2, 4, H)
+    w = torch.randn(V, H, requires_grad=True)
     results = []
     for function in (torch.compile(step, backend="aot_eager"), step):
-        value = function(h, w, t, mask, target)
-        results.append((value, *torch.autograd.grad(value, h)))
+        value = function(h, w, t, MASK)
+        results.append((value, *torch.autograd.grad(value, (h, w))))
     torch.testing.assert_close(*results)
 
 
@@ -89,6 +153,6 @@ def test_the_operator_says_what_it_returns():
         for with_gradient in (False, True):
             torch.library.opcheck(
                 _compute_whole,
-                (h, t, w, *(None,) * 5, extras, kind, 1.0, 1.0, 4, with_gradient, "torch"),
+                (h, t, w, kind, with_gradient, *(None,) * 6, extras, 1.0, 1.0, 4, "torch"),
                 test_utils=("test_schema", "test_faketensor"),
             )

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_losses import kl_div_with_logits, linear_cross_entropy, linear_kl_div
+from kd_losses import (
+    kl_div_with_logits,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_kl_div,
+    linear_kl_div_cross_entropy,
+    linear_topk_kl_div,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")
@@ -129,6 +136,49 @@ def test_words_masked_on_one_side():
     )
     assert losses.item() == INF
     torch.testing.assert_close(gradient, torch.tensor([[1 / 2 - 1 / 3, 1 / 2 - 1 / 3, -1 / 3]]))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_plus_infinity_is_named(trainable):
+    weight, hidden, target = randn(12, 4), randn(5, 4), torch.arange(5)
+    bias, free = torch.zeros(12), torch.zeros(12)
+    bias[3] = INF
+    weight.requires_grad_(trainable)
+    log_p, ids = torch.zeros(5, 2), torch.tensor([[0, 1]] * 5)
+    h, w, bad, ok = hidden, weight, {"linear_bias": bias}, {"linear_bias": free}
+    own = {"teacher_linear_bias": free}
+    calls = [
+        ("input", lambda: linear_kl_div(hidden, weight, hidden, weight, **bad, **own)),
+        ("teacher_input", lambda: linear_kl_div(
+            hidden, weight, hidden, weight, **ok, teacher_linear_bias=bias)),
+        ("input", lambda: linear_kl_div(hidden, weight, hidden, **bad)),
+        ("input", lambda: linear_divergence(h, w, h, w, divergence="jsd", **bad)),
+        ("input", lambda: linear_cross_entropy(hidden, weight, target, **bad)),
+        ("input", lambda: linear_topk_kl_div(hidden, weight, ids, log_p, **bad)),
+        ("input", lambda: linear_kl_div_cross_entropy(h, w, h, target, w, **bad)),
+    ]  # fmt: skip
+    for name, call in calls:
+        with pytest.raises(ValueError, match=rf"^{name}: .*\+inf in selected row 0"):
+            call()
+    # the reference has nothing to name it with
+    logits = hidden @ weight.detach().T + bias
+    assert kl_div_with_logits(logits, logits).isnan()
+
+
+def test_products_that_overflow_float16_are_named():
+    weight, teacher = torch.full((3, 4), 200.0).half(), torch.zeros(2, 4).half()
+    student = torch.tensor([[0.0] * 4, [100.0] * 4]).half()
+    with pytest.raises(ValueError, match=r"\+inf in selected row 1.*float16"):
+        linear_kl_div(student, weight, teacher, weight.clone())
+
+
+def test_nan_stays_nan():
+    weight, hidden = randn(12, 4), randn(5, 4)
+    broken = hidden.clone()
+    broken[2] = math.nan
+    for teacher_weight in (None, weight.clone()):
+        losses = linear_kl_div(broken, weight, hidden, teacher_weight, reduction="none")
+        assert losses.isnan().tolist() == [False, False, True, False, False]
 
 
 def test_extreme_logits_of_the_cross_entropy():

@@ -217,7 +217,7 @@ def test_logits_exist_for_one_chunk_only_and_one_tensor_is_kept(kind):
                 reduction="sum",
                 chunk_size=chunk,
             )
-    # the teacher's and the student's share one buffer
-    assert largest.elements <= (1 if kind == "cross entropy" else 2) * chunk * words
+    # the teacher's and the student's share one buffer, of rows a little longer than the vocabulary
+    assert largest.elements <= (1 if kind == "cross entropy" else 2) * chunk * (words + 31)
     assert max(kept) == n // 2 * width
     loss.backward()

@@ -29,12 +29,14 @@ class Block(NamedTuple):
         student: (k, V) logits or None.
         difference: (k, V) student minus teacher logits, known where both share a head, or None.
         extras: what else the loss needs: target; ids and log probabilities of an offline teacher.
+        rounded: whether the logits have been rounded to half precision.
     """
 
     teacher: Tensor | None
     student: Tensor | None
     difference: Tensor | None
     extras: list[Tensor]
+    rounded: bool
 
 
 def losses_per_row(kind: str) -> int:
@@ -74,28 +76,23 @@ def block_losses(
         assert student is not None
         difference = torch.sub(student, block.teacher, out=scratch(2))
     if kind == BOTH:
-        return _both(
-            parameter, block.teacher, difference, student, block.extras, scratch, with_gradient
-        )
+        return _both(parameter, block, difference, scratch, with_gradient)
     if kind == "forward_kl":
         value, gradient = forward_kl_rows(
-            block.teacher, difference, scratch, student_logits=student, with_gradient=with_gradient
-        )
+            block.teacher, difference, scratch, student_logits=student,
+            with_gradient=with_gradient, rounded=block.rounded,
+        )  # fmt: skip
         return [value], gradient
     value, gradient = ratio_loss(kind, parameter, *log_ratio(block.teacher, difference, student))
     return [value], gradient if with_gradient else None
 
 
 def _both(
-    temperature: float,
-    teacher: Tensor,
-    difference: Tensor,
-    student: Tensor | None,
-    extras: list[Tensor],
-    scratch: Scratch,
-    with_gradient: bool,
+    temperature: float, block: Block, difference: Tensor, scratch: Scratch, with_gradient: bool
 ) -> tuple[list[Tensor], Tensor | None]:
-    target, factors = extras
+    teacher, student = block.teacher, block.student
+    assert teacher is not None
+    target, factors = block.extras
     # a softmax more, but no product more: the student's logits are known already
     if student is None:
         logits = torch.add(teacher, difference, out=scratch(3))
@@ -105,8 +102,9 @@ def _both(
     if temperature != 1:
         logits.mul_(temperature)
     kl, gradient = forward_kl_rows(
-        teacher, difference, scratch, student_logits=student, with_gradient=with_gradient
-    )
+        teacher, difference, scratch, student_logits=student, with_gradient=with_gradient,
+        rounded=block.rounded,
+    )  # fmt: skip
     ce, ce_gradient = cross_entropy_rows(logits, target, scratch, with_gradient=with_gradient)
     factors = factors.to(kl)
     total = torch.addcmul(factors[:, 0] * kl, factors[:, 1], ce)

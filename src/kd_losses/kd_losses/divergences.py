@@ -128,7 +128,8 @@ def divergence_with_logits(
         vocab_size: use only the first vocab_size entries of both; the rest is padding.
 
     Returns:
-        A scalar, or (n,) in the order of the selected positions for reduction "none".
+        A scalar, or (n,) in the order of the selected positions for reduction "none". NaN where a
+        logit is +inf, of which there is no softmax; -inf forbids a word.
 
     Raises:
         TypeError: a mask isn't boolean, or logits aren't floating point.
@@ -137,7 +138,7 @@ def divergence_with_logits(
     check_reduction(reduction, num_items)
     check_temperature(temperature)
     share = check_divergence(divergence, mixture)
-    student, teacher = select_pair(
+    student, teacher, _ = select_pair(
         input, teacher_logits.detach(), mask, teacher_mask, names=("input", "teacher_logits")
     )
     student = student[:, : trim_vocabulary("input", student.shape[1], vocab_size)]
@@ -175,21 +176,9 @@ def kl_div_with_logits(
     Args:
         input: (B, L, V) or (n, V) the student's logits.
         teacher_logits: (B, L', V) or (n, V) the teacher's; detached.
-        mask: (B, L) or (n,) boolean, the student's positions; None: all.
-        teacher_mask: (B, L') or (n,) boolean, the teacher's positions; None: ``mask``. Each
-            sequence needs as many as in ``mask``; they're paired in order.
-        temperature: divides both logits.
-        scale_by_temperature_squared: multiply value and gradient by temperature squared.
-        reduction: "mean" over the selected positions, "sum", or "none".
-        num_items: with "mean", divides instead of the number of selected positions.
-        vocab_size: use only the first vocab_size entries of both; the rest is padding.
-
-    Returns:
-        A scalar, or (n,) in the order of the selected positions for reduction "none".
-
-    Raises:
-        TypeError: a mask isn't boolean, or logits aren't floating point.
-        ValueError: shapes, counts or vocabularies don't fit, or an option is out of range.
+        mask: (B, L) or (n,) boolean and all that follows: see ``divergence_with_logits``, as for
+            what is returned and raised.
+        teacher_mask: (B, L') or (n,) boolean.
     """
     return divergence_with_logits(
         input,

@@ -9,6 +9,7 @@ follows work on at a time: few rows, which stay in the cache from one pass to th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,17 +56,18 @@ def _compute(
     student: Tensor,
     teacher: Tensor | None,
     weight: Tensor,
+    kind: str,
+    with_gradient: bool,
+    valid: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     teacher_softcap: float | None,
     extras: list[Tensor],
-    kind: str,
     parameter: float,
     temperature: float,
     chunk_size: int | None,
-    with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Losses of all rows and the gradient of the first loss of each.
@@ -74,6 +76,10 @@ def _compute(
         student: (n, H).
         teacher: (n, H'), or None for a loss without a teacher's head.
         weight: (V, H), with bias and softcap the student's head.
+        kind: see ``block_losses``.
+        with_gradient: False: the gradient is (0, H).
+        valid: (n,) boolean, True, then False: the rows that count; the others' results are 0. None:
+            all count.
         bias: (V,) or None.
         softcap: see ``LinearHead``.
         teacher_weight: (V, H') or None: the student's head, whose bias cancels and which has no
@@ -81,11 +87,9 @@ def _compute(
         teacher_bias: (V,) or None.
         teacher_softcap: see ``LinearHead``.
         extras: what else the loss needs, each (n, ...).
-        kind: see ``block_losses``.
         parameter: of the divergence.
         temperature: divides the logits.
         chunk_size: rows per matrix product; None chooses.
-        with_gradient: False: the gradient is (0, H).
         backend: "torch" or "triton".
 
     Returns:
@@ -96,13 +100,15 @@ def _compute(
     teacher_head = None
     if teacher_weight is not None:
         teacher_head = LinearHead(teacher_weight, teacher_bias, teacher_softcap)
-    rows = chunk_rows(chunk_size, len(student), student.device)
-    buffer = weight.new_empty((1 if teacher is None else 2) * rows, weight.shape[0])
+    count = len(student) if valid is None else int(valid.sum())
+    losses[:, count:], gradient[count:] = 0, 0
+    rows = chunk_rows(chunk_size, count, student.device)
+    buffer = _buffer((1 if teacher is None else 2) * rows, weight)
     room = _Room(_block_rows(rows, losses[:, :1], weight), weight)
     # the head is in autocast's dtype already; sums over the vocabulary must stay as they are
     with torch.autocast(student.device.type, enabled=False):
-        for start in range(0, len(student), rows):
-            chunk = slice(start, min(start + rows, len(student)))
+        for start in range(0, count, rows):
+            chunk = slice(start, min(start + rows, count))
             logits = head_products(
                 student[chunk], None if teacher is None else teacher[chunk], head, teacher_head,
                 buffer,
@@ -129,6 +135,19 @@ def _results(
     dtype = accumulation_dtype(weight.dtype)
     losses = student.new_empty(losses_per_row(kind), len(student), dtype=dtype)
     return losses, student.new_empty(len(student) if with_gradient else 0, student.shape[1])
+
+
+def _buffer(rows: int, weight: Tensor) -> Tensor:
+    """Room for logits (rows, V), each row of which lies an odd number of cache lines further on.
+
+    After a multiple of 4 KiB, as 49,152 entries are, all rows fall on the same lines of a cache,
+    which takes a product in float32 a tenth longer. One in half precision takes the same time.
+    """
+    size, stride = weight.shape[0], weight.shape[0]
+    if weight.device.type == "cpu" and weight.element_size() >= 4:
+        line = 64 // weight.element_size()
+        stride = (math.ceil(size / line) | 1) * line
+    return weight.new_empty(rows, stride)[:, :size]
 
 
 def _block_rows(rows: int, a_loss: Tensor, weight: Tensor) -> int:
@@ -175,7 +194,10 @@ def _blocks(
         if with_gradient and head.softcap is not None:
             slope = torch.mul(last, temperature / head.softcap, out=room(-3))
             slope.square_().neg_().add_(1)
-        block = Block(teacher_logits, student_logits, difference, [extra[rows] for extra in extras])
+        block = Block(
+            teacher_logits, student_logits, difference, [extra[rows] for extra in extras],
+            rounded=last.dtype != logits.dtype,
+        )  # fmt: skip
         values, gradient = block_losses(kind, parameter, block, room, with_gradient)
         for number, value in enumerate(values):
             losses[number, rows] = value
@@ -201,52 +223,21 @@ def _(
     student: Tensor,
     teacher: Tensor | None,
     weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_softcap: float | None,
-    extras: list[Tensor],
     kind: str,
-    parameter: float,
-    temperature: float,
-    chunk_size: int | None,
     with_gradient: bool,
-    backend: str,
+    *_options: object,
 ) -> tuple[Tensor, Tensor]:
     return _results(student, weight, kind, with_gradient)
 
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        name: str,
-        student: Tensor,
-        teacher: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        teacher_weight: Tensor | None,
-        teacher_bias: Tensor | None,
-        teacher_softcap: float | None,
-        kind: str,
-        parameter: float,
-        temperature: float,
-        chunk_size: int | None,
-        with_gradient: bool,
-        backend: str,
-        *extras: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, name: str, temperature: float, student: Tensor, *options: Any) -> Tensor:
         # the compiler sees one operator, not a loop
         compute = _compute_whole if torch.compiler.is_compiling() else _compute
-        losses, gradient = compute(
-            student, teacher, weight, bias, softcap, teacher_weight, teacher_bias,
-            teacher_softcap, list(extras), kind, parameter, temperature, chunk_size,
-            with_gradient, backend,
-        )  # fmt: skip
+        losses, gradient = compute(student, *options)
         ctx.save_for_backward(gradient)
-        ctx.temperature, ctx.name, ctx.extras = temperature, name, len(extras)
+        ctx.temperature, ctx.name, ctx.options = temperature, name, len(options)
         return losses
 
     @staticmethod
@@ -254,7 +245,7 @@ class _FrozenHead(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         factors = grad_losses[0] / ctx.temperature
         grad_student = scale_row_gradients(gradient, factors, ctx.name)
-        return (None, grad_student, *(None,) * (13 + ctx.extras))
+        return (None, None, grad_student, *(None,) * ctx.options)
 
 
 def frozen_head_losses(
@@ -270,6 +261,7 @@ def frozen_head_losses(
     chunk_size: int | None,
     backend: str = "torch",
     extras: tuple[Tensor, ...] = (),
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Losses (m, n) of all rows; the first is differentiable with respect to ``student``.
 
@@ -285,13 +277,15 @@ def frozen_head_losses(
         chunk_size: rows per matrix product; None chooses.
         backend: "torch" or "triton".
         extras: what else the loss needs, each (n, ...).
+        valid: (n,) boolean, True, then False: the rows that count; the others' losses are 0. None:
+            all count.
     """
     own: tuple[Tensor | None, Tensor | None, float | None] = (None, None, None)
     if teacher_head is not None:
         own = (teacher_head.weight, teacher_head.bias, teacher_head.softcap)
+    with_gradient = torch.is_grad_enabled() and student.requires_grad
     losses: Tensor = _FrozenHead.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
-        name, student, teacher, head.weight, head.bias, head.softcap, *own, kind, parameter,
-        temperature, chunk_size, torch.is_grad_enabled() and student.requires_grad, backend,
-        *extras,
+        name, temperature, student, teacher, head.weight, kind, with_gradient, valid, head.bias,
+        head.softcap, *own, list(extras), parameter, temperature, chunk_size, backend,
     )  # fmt: skip
     return losses

@@ -14,9 +14,9 @@ from kd_losses.block_losses import BOTH
 from kd_losses.frozen_head import frozen_head_losses
 from kd_losses.fused_cross_entropy import check_targets, linear_cross_entropy
 from kd_losses.fused_divergence import linear_divergence, pair_heads
-from kd_losses.head import check_chunk_size, make_head
+from kd_losses.head import check_below_infinity, check_chunk_size, make_head, wants_gradient
 from kd_losses.reduction import accumulation_dtype, check_reduction, check_temperature
-from kd_losses.selection import select_pair, selected
+from kd_losses.selection import pick, select_pair
 
 
 class KLAndCrossEntropy(NamedTuple):
@@ -89,22 +89,28 @@ def linear_kl_div_cross_entropy(
 
     Raises:
         TypeError: dtypes don't fit.
-        ValueError: shapes, counts or vocabularies don't fit, or an option is out of range.
+        ValueError: shapes, counts or vocabularies don't fit, an option is out of range, or, on a
+            CPU, a logit is +inf.
     """
     for count in (num_items, target_num_items):
         check_reduction("mean", count)
     check_temperature(temperature)
     check_chunk_size(chunk_size)
-    student, teacher = select_pair(
-        input, teacher_input.detach(), mask, teacher_mask, names=("input", "teacher_input")
-    )
+    trainable = wants_gradient(linear_weight, linear_bias)
+    in_graph = torch.compiler.is_compiling() and not trainable
+    student, teacher, valid = select_pair(
+        input, teacher_input.detach(), mask, teacher_mask, names=("input", "teacher_input"),
+        in_graph=in_graph,
+    )  # fmt: skip
     if target.dtype != torch.int64 or target.shape != input.shape[:-1]:
         raise ValueError(
             f"target: expected int64 of the leading shape of input {tuple(input.shape[:-1])}, got "
             f"{target.dtype} of {tuple(target.shape)}; one index per position"
         )
-    index = target.flatten() if mask is None else selected(target, mask)
+    index = pick(target.unsqueeze(-1), mask, in_graph and valid is not None).squeeze(-1)
     counts = index != ignore_index
+    if valid is not None:
+        index, counts = index[: len(valid)], counts[: len(valid)] & valid
     head = make_head("linear_weight", linear_weight, linear_bias, student, vocab_size, softcap)
     shared, teacher_head = pair_heads(
         head,
@@ -119,9 +125,11 @@ def linear_kl_div_cross_entropy(
     check_targets(index, head.weight.shape[0])
     squared = temperature**2 if scale_by_temperature_squared else 1.0
     # factors of the sums that make means of them
-    kl_share = squared / _divisor(num_items, len(student), student)
+    kl_share = squared / _divisor(
+        num_items, len(student) if valid is None else valid.sum(), student
+    )
     ce_share = 1 / _divisor(target_num_items, counts.sum(), student)
-    if torch.is_grad_enabled() and not head.frozen:
+    if trainable:
         kl = linear_divergence(
             student,
             linear_weight,
@@ -163,7 +171,9 @@ def linear_kl_div_cross_entropy(
             temperature=temperature,
             chunk_size=chunk_size,
             extras=(index, factors),
+            valid=valid,
         )
+    check_below_infinity(total, ("input", student, head), ("teacher_input", teacher, teacher_head))
     return KLAndCrossEntropy(
         total.sum(), kl.detach().sum() * kl_share, (ce.detach() * counts).sum() * ce_share
     )

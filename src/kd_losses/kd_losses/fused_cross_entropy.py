@@ -11,14 +11,21 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kd_losses.frozen_head import frozen_head_losses
-from kd_losses.head import LinearHead, check_chunk_size, chunk_rows, make_head
+from kd_losses.head import (
+    LinearHead,
+    check_below_infinity,
+    check_chunk_size,
+    chunk_rows,
+    make_head,
+    wants_gradient,
+)
 from kd_losses.reduction import (
     Reduction,
     check_reduction,
     check_temperature,
     reduce_loss,
 )
-from kd_losses.selection import check_rows, selected
+from kd_losses.selection import check_rows, in_front, selected
 
 
 def _trainable_head_cross_entropy(
@@ -74,7 +81,7 @@ def linear_cross_entropy(
         num_items: with "mean", divides instead of the number of rows that count: that of the
             whole global batch under gradient accumulation or data parallelism.
         vocab_size: use only the first vocab_size entries of the head; the rest is padding.
-        chunk_size: rows per matrix product; None: at most 192 on a CPU, 1,024 elsewhere.
+        chunk_size: rows per matrix product; None: at most 128 on a CPU, 1,024 elsewhere.
 
     Returns:
         A scalar, or a loss of target's shape, 0 where ignored, for reduction "none"; float32 for
@@ -83,7 +90,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: dtypes don't fit.
         ValueError: shapes don't fit, an option is out of range, or (checked on a CPU only, where it
-            costs no synchronisation) a target isn't in the vocabulary.
+            costs no synchronisation) a target isn't in the vocabulary or a logit is +inf.
     """
     check_reduction(reduction, num_items)
     check_temperature(temperature)
@@ -97,10 +104,17 @@ def linear_cross_entropy(
             f"{tuple(target.shape)}; one index per position"
         )
     counts = target != ignore_index
-    rows, index = selected(input, counts), selected(target, counts)
+    trainable = wants_gradient(linear_weight, linear_bias)
+    valid = None
+    if torch.compiler.is_compiling() and not trainable:
+        order, valid = in_front(counts)
+        rows = input.flatten(0, -2)[order]
+        index = torch.where(valid, target.flatten()[order], 0)
+    else:
+        rows, index = selected(input, counts), selected(target, counts)
     head = make_head("linear_weight", linear_weight, linear_bias, rows, vocab_size, softcap)
     check_targets(index, head.weight.shape[0])
-    if torch.is_grad_enabled() and not head.frozen:
+    if trainable:
         losses = _trainable_head_cross_entropy(rows, index, head, temperature, chunk_size)
     else:
         losses = frozen_head_losses(
@@ -113,10 +127,13 @@ def linear_cross_entropy(
             temperature=temperature,
             chunk_size=chunk_size,
             extras=(index,),
+            valid=valid,
         )[0]
+    check_below_infinity(losses, ("input", rows, head))
     if reduction == "none":
+        # takes as many as there are True, from the front
         return losses.new_zeros(target.shape).masked_scatter(counts, losses)
-    return reduce_loss(losses, reduction, num_items)
+    return reduce_loss(losses, reduction, num_items, valid)
 
 
 def check_targets(index: Tensor, vocabulary: int) -> None:

@@ -14,11 +14,13 @@ from kd_losses.divergences import Divergence, check_divergence, check_same_vocab
 from kd_losses.frozen_head import frozen_head_losses
 from kd_losses.head import (
     LinearHead,
+    check_below_infinity,
     check_bias,
     check_chunk_size,
     chunk_rows,
     gathered,
     make_head,
+    wants_gradient,
 )
 from kd_losses.reduction import Reduction, check_reduction, check_temperature, reduce_loss
 from kd_losses.selection import select_pair
@@ -113,7 +115,7 @@ def linear_divergence(
         num_items: with "mean", divides instead of the number of selected positions: the count of
             the whole global batch under gradient accumulation or data parallelism.
         vocab_size: use only the first vocab_size entries of both heads; the rest is padding.
-        chunk_size: rows per matrix product; None: at most 192 on a CPU, 1,024 elsewhere.
+        chunk_size: rows per matrix product; None: at most 128 on a CPU, 1,024 elsewhere.
         backend: for the passes over the logits. "triton" works on forward KL with a frozen head
             without soft cap on a GPU; "auto" takes it where it works.
 
@@ -124,15 +126,18 @@ def linear_divergence(
     Raises:
         TypeError: a mask isn't boolean, or dtypes don't fit.
         ValueError: shapes, counts or vocabularies don't fit, an option is out of range, or the
-            backend can't run.
+            backend can't run. On a CPU: a logit is +inf, of which there is no softmax; elsewhere
+            and under torch.compile the loss is NaN then.
     """
     check_reduction(reduction, num_items)
     check_temperature(temperature)
     check_chunk_size(chunk_size)
     share = check_divergence(divergence, mixture)
-    student, teacher = select_pair(
-        input, teacher_input.detach(), mask, teacher_mask, names=("input", "teacher_input")
-    )
+    trainable = wants_gradient(linear_weight, linear_bias)
+    student, teacher, valid = select_pair(
+        input, teacher_input.detach(), mask, teacher_mask, names=("input", "teacher_input"),
+        in_graph=torch.compiler.is_compiling() and not trainable and reduction != "none",
+    )  # fmt: skip
     head = make_head("linear_weight", linear_weight, linear_bias, student, vocab_size, softcap)
     shared, teacher_head = pair_heads(
         head,
@@ -143,7 +148,6 @@ def linear_divergence(
         teacher,
         vocab_size,
     )
-    trainable = torch.is_grad_enabled() and not head.frozen
     chosen = resolve(backend, student.device, _why_not_kernels(divergence, head, trainable))
     if trainable:
         losses = _trainable_head_losses(
@@ -168,10 +172,12 @@ def linear_divergence(
             temperature=temperature,
             chunk_size=chunk_size,
             backend=chosen,
+            valid=valid,
         )[0]
+    check_below_infinity(losses, ("input", student, head), ("teacher_input", teacher, teacher_head))
     if scale_by_temperature_squared:
         losses = losses * temperature**2
-    return reduce_loss(losses, reduction, num_items)
+    return reduce_loss(losses, reduction, num_items, valid)
 
 
 def _why_not_kernels(divergence: str, head: LinearHead, trainable: bool) -> str | None:

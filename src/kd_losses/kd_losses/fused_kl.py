@@ -73,7 +73,8 @@ def linear_kl_div(
 
     Raises:
         TypeError: a mask isn't boolean, or dtypes don't fit.
-        ValueError: shapes, counts or vocabularies don't fit, or an option is out of range.
+        ValueError: shapes, counts or vocabularies don't fit, an option is out of range, or, on a
+            CPU, a logit is +inf.
     """
     return linear_divergence(
         input,

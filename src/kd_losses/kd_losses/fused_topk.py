@@ -12,9 +12,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kd_losses.frozen_head import frozen_head_losses
-from kd_losses.head import check_chunk_size, chunk_rows, make_head
+from kd_losses.head import (
+    check_below_infinity,
+    check_chunk_size,
+    chunk_rows,
+    make_head,
+    wants_gradient,
+)
 from kd_losses.reduction import Reduction, check_reduction, check_temperature, reduce_loss
-from kd_losses.selection import select_pair, selected
+from kd_losses.selection import pick, select_pair
 
 Tail = Literal["bucket", "renormalize"]
 
@@ -59,14 +65,14 @@ def linear_topk_kl_div(
         reduction: "mean" over the selected positions, "sum", or "none".
         num_items: with "mean", divides instead of the number of selected positions.
         vocab_size: use only the first vocab_size entries of the head; the rest is padding.
-        chunk_size: rows per matrix product; None: at most 192 on a CPU, 1,024 elsewhere.
+        chunk_size: rows per matrix product; None: at most 128 on a CPU, 1,024 elsewhere.
 
     Returns:
         A scalar, or (n,) in the order of the selected positions for reduction "none".
 
     Raises:
         TypeError: a mask isn't boolean, ids aren't int64, or dtypes don't fit.
-        ValueError: shapes don't fit, or an option is out of range.
+        ValueError: shapes don't fit, an option is out of range, or, on a CPU, a logit is +inf.
     """
     check_reduction(reduction, num_items)
     check_temperature(temperature)
@@ -80,15 +86,16 @@ def linear_topk_kl_div(
             f"topk_ids and topk_logprobs: expected the same shape, got {tuple(topk_ids.shape)} and "
             f"{tuple(topk_logprobs.shape)}"
         )
-    rows, log_probs = select_pair(
-        input, topk_logprobs.detach(), mask, None, names=("input", "topk_logprobs")
+    trainable = wants_gradient(linear_weight, linear_bias)
+    in_graph = torch.compiler.is_compiling() and not trainable and reduction != "none"
+    names = ("input", "topk_logprobs")
+    rows, log_probs, valid = select_pair(
+        input, topk_logprobs.detach(), mask, None, names=names, in_graph=in_graph
     )
     flat = topk_ids.ndim == 2 and input.ndim == 3
-    ids = (
-        topk_ids if flat else topk_ids.flatten(0, -2) if mask is None else selected(topk_ids, mask)
-    )
+    ids = topk_ids if flat else pick(topk_ids, mask, in_graph)
     head = make_head("linear_weight", linear_weight, linear_bias, rows, vocab_size, softcap)
-    if torch.is_grad_enabled() and not head.frozen:
+    if trainable:
         whole = tail == "bucket"
 
         def chunk_losses(rows: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
@@ -113,10 +120,12 @@ def linear_topk_kl_div(
             temperature=temperature,
             chunk_size=chunk_size,
             extras=(ids, log_probs),
+            valid=valid,
         )[0]
+    check_below_infinity(losses, ("input", rows, head))
     if scale_by_temperature_squared:
         losses = losses * temperature**2
-    return reduce_loss(losses, reduction, num_items)
+    return reduce_loss(losses, reduction, num_items, valid)
 
 
 def _plain_topk(logits: Tensor, ids: Tensor, log_probs: Tensor, whole: bool) -> Tensor:

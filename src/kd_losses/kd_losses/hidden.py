@@ -16,7 +16,7 @@ from kd_losses.selection import select_pair
 def _select(
     input: Tensor, teacher_input: Tensor, mask: Tensor | None, teacher_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    student, teacher = select_pair(
+    student, teacher, _ = select_pair(
         input, teacher_input.detach(), mask, teacher_mask, names=("input", "teacher_input")
     )
     if student.shape[1] != teacher.shape[1]:

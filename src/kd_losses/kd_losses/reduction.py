@@ -31,7 +31,12 @@ def check_reduction(reduction: str, num_items: float | Tensor | None) -> None:
         )
 
 
-def reduce_loss(losses: Tensor, reduction: Reduction, num_items: float | Tensor | None) -> Tensor:
+def reduce_loss(
+    losses: Tensor,
+    reduction: Reduction,
+    num_items: float | Tensor | None,
+    valid: Tensor | None = None,
+) -> Tensor:
     """Reduce per-token losses.
 
     Args:
@@ -39,6 +44,7 @@ def reduce_loss(losses: Tensor, reduction: Reduction, num_items: float | Tensor 
         reduction: "none", "sum", or "mean": the sum divided by max(1, n).
         num_items: divides instead of n. Under gradient accumulation or data parallelism give the
             count of the whole global batch; the micro-batches' losses then add up to its mean.
+        valid: (n,) boolean, where False the loss is 0 and doesn't count; None: all count.
 
     Returns:
         (n,) for "none", else a scalar. For n = 0 the scalar is a zero that is still connected to
@@ -49,6 +55,8 @@ def reduce_loss(losses: Tensor, reduction: Reduction, num_items: float | Tensor 
     total = losses.sum()
     if reduction == "sum":
         return total
+    if num_items is None and valid is not None:
+        num_items = valid.sum()
     if isinstance(num_items, Tensor):
         return total / num_items.reshape(()).to(total).clamp(min=1)
     return total / max(1, losses.numel() if num_items is None else num_items)

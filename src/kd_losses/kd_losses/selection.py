@@ -81,18 +81,47 @@ def selected(rows: Tensor, mask: Tensor) -> Tensor:
     return rows[mask]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
-def _check_counts(mask: Tensor, teacher_mask: Tensor) -> None:
+def in_front(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What a compiled graph, whose shapes are fixed, has in place of a selection.
+
+    Returns:
+        An order of the N flat positions, int64 (N,), in which the selected ones come first and
+        otherwise nothing changes; and (N,) boolean, which of them in this order are selected.
+    """
+    valid, order = torch.sort(mask.flatten(), descending=True, stable=True)
+    return order, valid
+
+
+def _check_counts(mask: Tensor, teacher_mask: Tensor) -> Tensor:
     counts, teacher_counts = mask.sum(-1), teacher_mask.sum(-1)
     if counts.shape != teacher_counts.shape or not torch.equal(counts, teacher_counts):
         raise ValueError(
             "teacher_mask: expected as many selected positions per sequence as mask "
             f"{counts.tolist()}, got {teacher_counts.tolist()}; positions are compared one to one"
         )
+    return mask.clone()
 
 
-def _select(rows: Tensor, mask: Tensor | None) -> Tensor:
-    return rows.flatten(0, -2) if mask is None else selected(rows, mask)
+# an operator, or a graph would end where it looks at data; it returns what the graph goes on with
+_checked_counts = torch.library.custom_op(
+    "kd_losses::checked_counts", _check_counts, mutates_args=()
+)
+
+
+@_checked_counts.register_fake
+def _(mask: Tensor, teacher_mask: Tensor) -> Tensor:
+    return torch.empty_like(mask)
+
+
+# torch gives the decorator no types
+_check_counts_outside = torch.compiler.disable(_check_counts)
+
+
+def pick(rows: Tensor, mask: Tensor | None, in_graph: bool) -> Tensor:
+    """The selected of ``rows`` (..., F); with ``in_graph`` in front of all others."""
+    if mask is None:
+        return rows.flatten(0, -2)
+    return rows.flatten(0, -2)[in_front(mask)[0]] if in_graph else selected(rows, mask)
 
 
 def select_pair(
@@ -102,7 +131,8 @@ def select_pair(
     teacher_mask: Tensor | None,
     *,
     names: tuple[str, str],
-) -> tuple[Tensor, Tensor]:
+    in_graph: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Select the rows that student and teacher are compared on, one to one.
 
     Args:
@@ -113,9 +143,12 @@ def select_pair(
         teacher_mask: teacher positions, boolean, the leading shape of ``teacher``; None: those of
             ``mask``.
         names: what the caller calls ``student`` and ``teacher``, for the messages.
+        in_graph: True: the selected rows come first, with others behind them up to a number that
+            doesn't depend on data, unless the teacher's are selected already.
 
     Returns:
-        Student rows (n, F) and teacher rows (n, F'); the i-th rows belong together.
+        Student rows (n, F) and teacher rows (n, F'); the i-th rows belong together. And, boolean
+        (n,), which of them are selected; None: all.
 
     Raises:
         TypeError: a mask isn't boolean, or a tensor isn't floating point.
@@ -132,7 +165,7 @@ def select_pair(
                 f"{teacher_name}: expected the {len(rows)} rows that mask selects, got "
                 f"{len(teacher)}; give the same positions that the cache was made of"
             )
-        return rows, teacher
+        return rows, teacher, None
     if student.ndim != teacher.ndim:
         raise ValueError(
             f"{teacher_name}: expected as many dimensions as {student_name} ({student.ndim}), "
@@ -148,9 +181,18 @@ def select_pair(
                 f"{tuple(student.shape[:-1])}, got {tuple(teacher.shape[:-1])}; pass mask and "
                 "teacher_mask to say which positions belong together"
             )
-        return _select(student, mask), _select(teacher, mask)
-    _check_mask("teacher_mask", teacher_mask, teacher_name, teacher)
-    if mask is None:
-        mask = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
-    _check_counts(mask, teacher_mask)
-    return _select(student, mask), _select(teacher, teacher_mask)
+        teacher_mask = mask
+    else:
+        _check_mask("teacher_mask", teacher_mask, teacher_name, teacher)
+        if mask is None:
+            mask = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+        if in_graph:
+            mask = _checked_counts(mask, teacher_mask)
+        else:
+            _check_counts_outside(mask, teacher_mask)
+    rows, teacher_rows = pick(student, mask, in_graph), pick(teacher, teacher_mask, in_graph)
+    if mask is None or not in_graph:
+        return rows, teacher_rows, None
+    # no more can be selected than the shorter one has
+    most = min(len(rows), len(teacher_rows))
+    return rows[:most], teacher_rows[:most], in_front(mask)[1][:most]
