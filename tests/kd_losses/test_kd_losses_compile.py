@@ -125,6 +125,23 @@ def test_masks_that_do_not_pair_are_found_in_a_graph_too():
         step(h, w, h, MASK, MASK.flip(0) & MASK)
 
 
+def test_the_way_round_a_mask_with_a_trainable_head():
+    torch._dynamo.reset()
+
+    def weighed(h, w, t, mask):
+        losses = linear_kl_div(h, w, t, reduction="none")
+        return (losses * mask.flatten()).sum() / mask.sum()
+
+    h, t = torch.randn(2, 4, H, requires_grad=True), torch.randn(2, 4, H)
+    w = torch.randn(V, H, requires_grad=True)
+    value = torch.compile(weighed, fullgraph=True, backend="aot_eager")(h, w, t, MASK)
+    expected = linear_kl_div(h, w, t, mask=MASK)
+    for got, wanted in zip(
+        torch.autograd.grad(value, (h, w)), torch.autograd.grad(expected, (h, w)), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_where_masks_break_the_graph_the_numbers_stay():
     """A trainable head, a loss per position."""
     torch._dynamo.reset()
