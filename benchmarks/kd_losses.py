@@ -105,10 +105,9 @@ class Setting:
         return statistics.median(times[1:]) * 1e3
 
 
-def calls_of(shape: tuple[int, int, int], dtype: torch.dtype, names: list[str]) -> dict[str, Call]:
-    """The implementations of these names, ready to call on a CPU."""
-    setting = Setting(shape, dtype, "cpu")
-    return {name: setting.call(IMPLEMENTATIONS[name]) for name in names}
+def call_of(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Call:
+    """One implementation of a case, ready to call on a CPU."""
+    return Setting(shape, dtype, "cpu").call(IMPLEMENTATIONS[name])
 
 
 def check(name: str, setting: Setting, errors: dict[str, float]) -> None:
@@ -142,10 +141,10 @@ def measured(setting: Setting, options: argparse.Namespace) -> Iterator[dict[str
     del gradient, found_gradient
     loop: dict[str, dict[str, float]] = {}
     if setting.device == "cpu":
-        arguments = (setting.shape, setting.dtype, list(calls))
         loop = kd_losses_loop.in_a_loop(
-            calls_of, *arguments, repeats=options.repeats, limit_s=options.seconds
-        )
+            call_of, calls, setting.shape, setting.dtype,
+            repeats=options.repeats, limit_s=options.seconds,
+        )  # fmt: skip
     products = setting.products_ms()
     tokens, width, vocabulary = setting.shape
     timed = measure.take_turns(
