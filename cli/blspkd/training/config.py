@@ -8,7 +8,7 @@ from typing import Any, Literal
 from blspkd.model.configuration import DEFAULT_PROMPT, AdapterType, SpeechEmbedding
 from blspkd.model.objective import LayerDistance
 
-from .windows import LossSection, TrainedSection
+from .windows import FractionSection, LossSection, TrainedSection
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ class LossesSection:
         scale_by_temperature_squared: multiply the KL losses by the temperature squared.
         layer: of the language model, from 1, which layer_hidden and layer_kl look at.
         layer_distance: of layer_hidden: "cosine" or "mse".
+        predicted_length: fraction of the clips with a response that CIF cuts at its predicted
+            length, as in inference, instead of at the text's, while a response loss counts. The
+            losses that pair speech with text tokens leave these clips out.
     """
 
     token: LossSection = field(default_factory=LossSection)
@@ -104,6 +107,7 @@ class LossesSection:
     scale_by_temperature_squared: bool = False
     layer: int = 1
     layer_distance: LayerDistance = "cosine"
+    predicted_length: FractionSection = field(default_factory=FractionSection)
 
     def __post_init__(self) -> None:
         """Refuse layers that are no layer; how many there are, the language model knows."""
