@@ -29,6 +29,7 @@ class Row:
         set: Fields of the training configuration, by dotted name.
         as_base: Whether the base configuration is left as it is, without the plan's `common`.
         scaling: Whether it is a point of the scaling curve.
+        in_matrix: Whether it stands in the table of the matrix.
         robustness: Whether its first seed is measured under conditions.
     """
 
@@ -38,6 +39,7 @@ class Row:
     set: dict[str, Any] = field(default_factory=dict)
     as_base: bool = False
     scaling: bool = False
+    in_matrix: bool = True
     robustness: bool = False
 
 

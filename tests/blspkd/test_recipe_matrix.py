@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from benchmarks import proof
 from click.testing import CliRunner
 
 from blspkd.data.manifest import read_manifest, write_manifest
@@ -186,6 +187,12 @@ def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, 
     assert list(conditions) == ["clean", "noise:0"]
     assert conditions["clean"]["speech"] == base["sets"]["unseen"]["speech"]
     assert base["robustness"]["no_speech"]["rows"]["speech"]["silence"]["clips"] == 1
+
+    document = proof.text(plan_file.parent / "results", plan_file.parent / "r.md", plan_file)
+    rouge = base["sets"]["unseen"]["rows"]["speech"]["self_rouge_l"]
+    assert f"{rouge:.3f}" in document.split("| base | 1 |")[1].splitlines()[0]
+    assert "base, seed 0, on 2 clips of *unseen*" in document
+    assert "plain, seed 3" in document
 
     times = {path: path.stat().st_mtime_ns for path in plan_file.parent.rglob("*.json")}
     code, output = command("--seed", "0", "--seed", "3")
