@@ -60,10 +60,15 @@ def test_the_losses_add_up_to_the_loss(recipe):
         assert row["loss"] == pytest.approx(weighted + 0.5 * row["loss/quantity"], rel=1e-4)
 
 
+AUGMENTED = ["data.augment={speed: [0.9, 1.1], noise: {probability: 0.5}, masks: {time: 1}}"]
+
+
+@pytest.mark.parametrize("augmented", [[], AUGMENTED], ids=["plain", "augmented"])
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, cached):
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, cached, augmented):
     # 3 steps of 2 clips an epoch and a half: the checkpoint lies in the middle of an epoch
     common = ["save_steps=3", "answer_limit=0", f"data.cache_features={str(cached).lower()}"]
+    common += augmented
     whole, _ = _run(recipe, *common, f"output={recipe.parent / 'whole'}")
     checkpoint = whole.folder / "checkpoint-3"
     part = recipe.parent / "part"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from blspkd.data.augment_config import AugmentConfig
 from blspkd.model.configuration import DEFAULT_PROMPT, AdapterType, SpeechEmbedding
 from blspkd.model.objective import LayerDistance
 
@@ -61,6 +62,7 @@ class DataSection:
         eval_limit: use only the first so many clips of each held-out set.
         cache_features: compute the frozen encoder's outputs once, and keep them.
         cache_dir: where; by default inside the run's folder.
+        augment: what is done to the training clips; see :class:`AugmentConfig`.
     """
 
     train: str = ""
@@ -72,6 +74,15 @@ class DataSection:
     eval_limit: int | None = None
     cache_features: bool = False
     cache_dir: str | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse masks in frequency where there are no frequencies."""
+        if self.cache_features and self.augment.masks.frequency:
+            raise ValueError(
+                "augment.masks.frequency masks mel features, which are not there with "
+                "cache_features: set it to 0, or cache_features=false"
+            )
 
 
 @dataclass(frozen=True)

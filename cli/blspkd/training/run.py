@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 
+from blspkd.data.augment import Augmentation
 from blspkd.data.batches import ClipDataset, Collator
 from blspkd.data.features import FeatureCache
 from blspkd.data.manifest import Record
@@ -92,18 +93,25 @@ def train(
     if process.is_main_process:
         write_config(folder, config)
 
+    augmentation = Augmentation(config.data.augment, clips.train, seed=config.seed)
     cache = None
     if config.data.cache_features:
         with process.main_process_first():
-            cache = _filled_cache(config, folder, model, processor, clips, say)
+            cache = _filled_cache(config, folder, model, processor, clips, augmentation, say)
     collator = Collator(
         processor,
         full_window=config.model.full_window,
         share_prompt=config.optim.share_prompt and not config.optim.gradient_checkpointing,
     )
 
-    def dataset(records: list[Record]) -> ClipDataset:
-        return ClipDataset(records, processor, prompt=config.model.prompt, cache=cache)
+    def dataset(records: list[Record], augmentation: Augmentation | None = None) -> ClipDataset:
+        return ClipDataset(
+            records,
+            processor,
+            prompt=config.model.prompt,
+            cache=cache,
+            augmentation=augmentation,
+        )
 
     held_out = HeldOut(
         {name: dataset(records) for name, records in clips.held_out.items()},
@@ -118,7 +126,7 @@ def train(
         held_out.measure,
         model=model,
         args=training_arguments(config, folder),
-        train_dataset=dataset(clips.train),
+        train_dataset=dataset(clips.train, augmentation),
         # its own evaluate() does not read it, but Trainer will not evaluate without one
         eval_dataset=next(iter(held_out.sets.values()), None),
         data_collator=collator,
@@ -195,18 +203,21 @@ def _filled_cache(
     model: BlspKDForConditionalGeneration,
     processor: BlspKDProcessor,
     clips: Clips,
+    augmentation: Augmentation,
     say: Say,
 ) -> FeatureCache:
-    """Encoder outputs of every clip of the run."""
+    """Encoder outputs of every clip of the run, and of the training clips' augmented copies."""
     root = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else folder / "cache"
-    cache = FeatureCache(root, model, processor)
-    records = [*clips.train, *(r for records in clips.held_out.values() for r in records)]
+    cache = FeatureCache(root, model, processor, augmenter=augmentation.augmenter)
 
     def progress(done: int, total: int) -> None:
         if done == total or done % 512 < 16:
             say(f"encoded {done}/{total} clips")
 
-    cache.fill(records, progress=progress)
+    copies = 0 if augmentation.augmenter is None else config.data.augment.copies
+    cache.fill(clips.train, copies=copies, progress=progress)
+    held_out = [record for records in clips.held_out.values() for record in records]
+    cache.fill(held_out, progress=progress)
     return cache
 
 
