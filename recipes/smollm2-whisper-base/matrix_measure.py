@@ -26,10 +26,10 @@ from blspkd.evaluation.tasks import SELF_METRICS, EvalConfig
 from blspkd.evaluation.tasks import Row as AnswerRow
 from blspkd.model.decoding import Decoding
 from blspkd.model.loading import load_model
+from blspkd.training.build import make_processor
 from blspkd.training.clips import read_clips
 from blspkd.training.config import TrainConfig
 from blspkd.training.folder import CONFIG_NAME, LOG_NAME
-from blspkd.training.run import make_processor
 
 Say = Callable[[str], None]
 

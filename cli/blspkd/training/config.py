@@ -30,6 +30,8 @@ class ModelSection:
         token_scale: factor on cosines, for the soft embedding and the token loss.
         prompt: what the user turn says around ``{speech}``.
         trust_remote_code: run code that a checkpoint brings along.
+        start_from: folder of a trained model whose weights this run begins with, instead of fresh
+            ones; what it lacks (PLoRA, say) starts fresh.
     """
 
     encoder: str = ""
@@ -45,6 +47,7 @@ class ModelSection:
     token_scale: float = 30.0
     prompt: str = DEFAULT_PROMPT
     trust_remote_code: bool = False
+    start_from: str | None = None
 
 
 @dataclass(frozen=True)

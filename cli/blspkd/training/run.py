@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,19 +11,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
 from blspkd.data.augment import Augmentation
 from blspkd.data.batches import ClipDataset, Collator
 from blspkd.data.features import FeatureCache
 from blspkd.data.manifest import Record
-from blspkd.model.bases import load_feature_extractor, load_tokenizer
-from blspkd.model.configuration import BlspKDConfig
-from blspkd.model.early_layer import check_layer
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor
 
 from .arguments import training_arguments
+from .build import build_model, describe_parameters, make_processor
 from .callbacks import ProgressLine, RunLog, StopOnInterrupt
 from .clips import Clips, describe_clips, read_clips
 from .config import TrainConfig
@@ -88,7 +85,7 @@ def train(
         clips = read_clips(config, processor, folder, overfit=overfit)
     say(describe_clips(clips))
     set_seed(config.seed)
-    model = build_model(config).to(process.device)
+    model = build_model(config, say=say).to(process.device)
     say(describe_parameters(model))
     if process.is_main_process:
         write_config(folder, config)
@@ -146,55 +143,6 @@ def train(
     if process.is_main_process:
         write_json(folder / SUMMARY_NAME, {"before": before, "after": after})
     return RunResult(folder, before, after, interrupted=False)
-
-
-def make_processor(config: TrainConfig) -> BlspKDProcessor:
-    """The processor of the two parts that the configuration names."""
-    for name in ("encoder", "language_model"):
-        if not getattr(config.model, name):
-            raise ValueError(f"model.{name} is not set: give a path or a hub id")
-    return BlspKDProcessor(
-        load_feature_extractor(config.model.encoder),
-        load_tokenizer(
-            config.model.language_model, trust_remote_code=config.model.trust_remote_code
-        ),
-    )
-
-
-def build_model(config: TrainConfig) -> BlspKDForConditionalGeneration:
-    """A fresh model of the configuration."""
-    section = dataclasses.asdict(config.model)
-    dtype = getattr(torch, section.pop("dtype"))
-    trust_remote_code = section.pop("trust_remote_code")
-    model = BlspKDForConditionalGeneration.from_parts(
-        BlspKDConfig(**section), dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    if config.losses.layer_hidden.weight > 0 or config.losses.layer_kl.weight > 0:
-        check_layer(model.language_model.get_decoder(), config.losses.layer)
-    if config.optim.gradient_checkpointing:
-        _recompute_activations(model.language_model)
-        if config.model.train_encoder:
-            _recompute_activations(model.speech_encoder.encoder)
-    return model
-
-
-def _recompute_activations(part: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing, by the name that this version of transformers wants."""
-    newer = getattr(part, "activation_checkpointing_enable", None)
-    (newer or part.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def describe_parameters(model: BlspKDForConditionalGeneration) -> str:
-    """Trained and frozen parameters by part, in millions."""
-    totals: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        part = "plora" if ".lora_" in name else name.split(".")[0]
-        counts = totals.setdefault(part, [0, 0])
-        counts[0 if parameter.requires_grad else 1] += parameter.numel()
-    return "parameters: " + "; ".join(
-        f"{part} {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen"
-        for part, (trained, frozen) in totals.items()
-    )
 
 
 def _filled_cache(
