@@ -7,9 +7,11 @@ positions is masked. x requires a gradient, the layer is frozen, A and B are flo
 implementation is compared with float64 before it is timed. What a row of results/plora-DEVICE.jsonl
 holds beside measure.py's, where extra_ms is the time over the base layer's:
     added_ms   on a CPU, the time of a call outside of the layer's own two products, over that of
-               the base layer alone: from the profiler, whose time is in it, the median of 7 calls.
+               the base layer alone: plora_products.py, by the clock, median, p20 and p80 of turns.
                The products take most of a call, and from one to the next they differ by more than
-               an adapter adds; extra_ms has that noise.
+               an adapter adds; extra_ms has that noise. What PEFT adds doubles while other programs
+               use the memory, what PLoRA adds grows less. For the ratio of a calm machine:
+               OMP_NUM_THREADS=1 chrt -r 20 taskset -c 1 python -m benchmarks.plora --threads 1
 
     pass       forward+backward of one layer, or decode: 8 tokens, one at a time, through a small
                Llama whose cache holds 128 positions
@@ -24,17 +26,14 @@ PEFT adapts every position, whatever the mask. With dropout the results are rand
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import measure, memory, plora_report
+from benchmarks import measure, plora_report
 from benchmarks.plora_peers import (
     IMPLEMENTATIONS,
     TOLERANCES,
@@ -44,6 +43,7 @@ from benchmarks.plora_peers import (
     truth,
     why_not,
 )
+from benchmarks.plora_products import added_ms
 from plora import plora_mask
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -140,33 +140,6 @@ def check(
     return errors
 
 
-def added_ms(turns: dict[str, Callable[[], object]], case: Case) -> dict[str, float]:
-    """Name -> milliseconds outside of the layer's own products, over those of the first."""
-    batch, length, width, out, _ = case.shape
-    forward = ([batch * length, width], [width, out])
-    backward = ([batch * length, out], [out, width])
-    memory.recycled()
-    found: dict[str, list[float]] = {name: [] for name in turns}
-    for turn in range(8):
-        for name, call in turns.items():
-            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-                start = time.perf_counter()
-                call()
-                total = time.perf_counter() - start
-            events = profiler.key_averages(group_by_input_shape=True)
-            products = sum(
-                event.self_cpu_time_total
-                for event in events
-                if tuple(event.input_shapes[:2]) in (forward, backward) and event.key == "aten::mm"
-            )
-            assert products > 0, f"{name}: the base layer's products are not seen"
-            if turn:
-                found[name].append(total * 1e3 - products / 1e3)
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    first = next(iter(medians.values()))
-    return {name: value - first for name, value in medians.items()}
-
-
 def saved_mib(implementation: Implementation, problem: Problem, x: Tensor) -> float:
     """MiB of the storages that a forward pass keeps for the backward pass, without parameters."""
     owned = {p.untyped_storage().data_ptr() for p in implementation.parameters}
@@ -222,8 +195,9 @@ def layer_rows(case: Case, device: str, options: argparse.Namespace) -> Iterator
 
         turns[name] = call
     if device == "cpu":
-        for name, added in added_ms(turns, case).items():
-            known[name]["added_ms"] = added
+        weight, repeats, limit_s = problem.base.weight, options.repeats, options.seconds
+        for name, added in added_ms(turns, weight, repeats=repeats, limit_s=limit_s).items():
+            known[name].update(added)
     yield from _timed(turns, base, known, device, options)
 
 

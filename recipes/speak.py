@@ -270,7 +270,7 @@ def write_split(name: str, clips: Sequence[Clip], root: Path, *, jobs: int) -> N
 @click.option("--clips", default=2000, type=click.IntRange(1), help="Training clips.")
 @click.option("--test-clips", default=300, type=click.IntRange(0), help="Unseen sentences.")
 @click.option("--voice-clips", default=150, type=click.IntRange(0), help="Unseen voice.")
-@click.option("--held-out-sentences", default=400, type=click.IntRange(1))
+@click.option("--held-out-sentences", default=400, type=click.IntRange(0))
 @click.option(
     "--voices",
     default=",".join(DEFAULT_VOICES),
@@ -292,7 +292,8 @@ def main(text: Path, out: Path, voices: str, held_out_voice: str, jobs: int, **p
         **plan,
     )
     for name in ("test-sentences", "test-voice", "train"):
-        write_split(name, splits[name], out, jobs=jobs)
+        if splits[name]:
+            write_split(name, splits[name], out, jobs=jobs)
 
 
 if __name__ == "__main__":

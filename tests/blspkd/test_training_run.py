@@ -60,10 +60,15 @@ def test_the_losses_add_up_to_the_loss(recipe):
         assert row["loss"] == pytest.approx(weighted + 0.5 * row["loss/quantity"], rel=1e-4)
 
 
+AUGMENTED = ["data.augment={speed: [0.9, 1.1], noise: {probability: 0.5}, masks: {time: 1}}"]
+
+
+@pytest.mark.parametrize("augmented", [[], AUGMENTED], ids=["plain", "augmented"])
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, cached):
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(recipe, cached, augmented):
     # 3 steps of 2 clips an epoch and a half: the checkpoint lies in the middle of an epoch
     common = ["save_steps=3", "answer_limit=0", f"data.cache_features={str(cached).lower()}"]
+    common += augmented
     whole, _ = _run(recipe, *common, f"output={recipe.parent / 'whole'}")
     checkpoint = whole.folder / "checkpoint-3"
     part = recipe.parent / "part"
@@ -272,3 +277,29 @@ def test_two_processes_take_the_steps_of_one(recipe):
     expected, found = _weights(alone.folder), _weights(two)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_a_run_starts_from_another_ones_weights(recipe, tmp_path):
+    first, _ = _run(recipe, "optim.max_steps=3", "model.plora=null", "answer_limit=0")
+    second, lines = _run(
+        recipe,
+        "optim.max_steps=1",
+        "optim.learning_rate=1e-30",
+        "answer_limit=0",
+        f"model.start_from={first.folder}",
+        f"output={tmp_path / 'second'}",
+    )
+    assert any("starting from" in line and "fresh: plora" in line for line in lines)
+    before, after = _weights(first.folder), _weights(second.folder)
+    assert set(before) < set(after)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+def test_weights_that_do_not_fit_are_named(recipe, tmp_path):
+    first, _ = _run(recipe, "optim.max_steps=1", "answer_limit=0")
+    elsewhere = (f"model.start_from={first.folder}", f"output={tmp_path / 'second'}")
+    with pytest.raises(ValueError, match=r"adapter\.\S+ is \(.*give model\.adapter"):
+        _run(recipe, "model.adapter.hidden_size=24", *elsewhere)
+    with pytest.raises(ValueError, match="no trained BLSP-KD model"):
+        _run(recipe, f"model.start_from={tmp_path}", f"output={tmp_path / 'second'}")

@@ -239,3 +239,25 @@ def test_two_processes_go_through_the_stages_of_one(recipe):
     expected, found = _log(alone), _log(two)
     for name in ("grad_norm", "loss"):
         assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], rel=5e-3)
+
+
+def test_clips_are_cut_at_their_predicted_length_in_their_stretch_and_again_when_resumed(recipe):
+    options = (
+        "losses.predicted_length={fraction: 1, start: 0.5}",
+        "losses.response_kl={weight: 1, stop: 0.8}",
+        "save_steps=4",
+    )
+    whole = _run(recipe, *options, f"output={recipe.parent / 'whole'}").folder
+    paired = [row["loss/token"] > 0 for row in _log(whole)]
+    # without a response loss there is no use for it
+    assert paired == [True, True, True, False, False, True]
+    half = ("losses.predicted_length=0.5", "save_steps=3", "seed=3")
+    whole = _run(recipe, *half, f"output={recipe.parent / 'half'}").folder
+    part = recipe.parent / "part"
+    part.mkdir()
+    os.rename(whole / "checkpoint-3", part / "checkpoint-3")
+    resumed = _run(recipe, *half, f"output={part}", resume=True).folder
+    expected, found = _weights(whole), _weights(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"losses.predicted_length: fraction must lie in \[0, 1\]"):
+        load_config(recipe, ["losses.predicted_length=2"])

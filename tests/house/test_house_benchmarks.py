@@ -18,6 +18,7 @@ from benchmarks.memory import HAS_GLIBC, fresh, page_faults, peak_mib
 from benchmarks.plora import Case, problem_of, saved_mib
 from benchmarks.plora import check as check_plora
 from benchmarks.plora_peers import IMPLEMENTATIONS as PEERS
+from benchmarks.plora_products import added_ms
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {"commit", "device", "torch", "dtype", "shape", "warm_up", "repeats", "over_first"}
@@ -101,6 +102,23 @@ def test_saved_memory_counts_whole_storages_once():
     assert kept["plora, one span"] == 4 * 16 * 32 + h + index
     # at least x and h of all positions
     assert kept["dense mask"] >= 4 * 64 * 32 + 4 * 4 * 64
+
+
+def test_added_time_leaves_the_layer_s_own_products_out_and_nothing_else():
+    x, weight = torch.randn(1, 512, 512, requires_grad=True), torch.randn(512, 512)
+
+    def call(sleep_s):
+        out = torch.nn.functional.linear(x, weight)
+        time.sleep(sleep_s)
+        return torch.autograd.grad(out.sum(), x)
+
+    turns = {"alone": lambda: call(0), "slow": lambda: call(0.2)}
+    added = added_ms(turns, weight, repeats=3, limit_s=60)
+    assert added["alone"]["added_ms"] == 0
+    assert 100 < added["slow"]["added_p20_ms"] <= added["slow"]["added_ms"]
+    turns["slow"] = lambda: [call(0), call(0)]
+    with pytest.raises(AssertionError, match="expected 2 products"):
+        added_ms(turns, weight, repeats=3, limit_s=60)
 
 
 def test_a_wrong_partial_lora_is_not_timed():

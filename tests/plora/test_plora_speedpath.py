@@ -101,6 +101,23 @@ def test_long_runs_take_a_product_each(monkeypatch):
         torch.testing.assert_close(matrix.float(), wanted, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "offset"), [(16, 0), (16, 8), (16, 3), (15, 0)])
+def test_scattered_rows_of_16_bits_are_added_to_and_the_others_stay(dtype, width, offset):
+    """Rows of a multiple of 16 bytes are moved as a whole, others element by element."""
+    torch.manual_seed(0)
+    index = torch.tensor([0, 2, 5, 6, 9, 11])
+    matrix = torch.randn(12 * width + offset).to(dtype)[offset:].view(12, width)
+    matrix[1, :3] = torch.tensor([-0.0, torch.inf, -torch.inf])
+    before, low, weight = matrix.clone(), torch.randn(6, 4).to(dtype), torch.randn(4, width)
+    add_up_(matrix, Rows(index), low, weight.to(dtype), 1.5)
+    wanted = before.float()
+    wanted[index] += 1.5 * (low.float() @ weight.to(dtype).float())
+    torch.testing.assert_close(matrix[index].float(), wanted[index], rtol=0.02, atol=0.05)
+    others = torch.tensor([1, 3, 4, 7, 8, 10])
+    assert torch.equal(matrix[others].view(torch.int16), before[others].view(torch.int16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", ROWS)
 def test_other_rows_are_the_base_s_bitwise_in_both_passes(rows, dtype):

@@ -20,8 +20,12 @@ from torch.utils.data import Dataset, Sampler
 from blspkd.model.passes import shared_prompt_length
 from blspkd.model.processing import BlspKDProcessor, Messages, TokenizedTurn, as_messages
 
+from .augment import Augmentation
 from .features import FeatureCache
 from .manifest import Record, read_manifest
+
+EpochIndex = tuple[int, int]
+"""Which epoch, and which clip: so that workers, too, know what to draw."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class ClipDataset(Dataset[Clip]):
         prompt: of records without ``messages`` of their own.
         cache: encoder outputs made beforehand; without it, each item carries mel features.
         hear: how the clips sound, as (S,) float32 at 16 kHz; by default as they were recorded.
+        augmentation: what is done to the clips in each epoch.
     """
 
     def __init__(
@@ -58,30 +63,42 @@ class ClipDataset(Dataset[Clip]):
         prompt: str,
         cache: FeatureCache | None = None,
         hear: Callable[[Record], np.ndarray] | None = None,
+        augmentation: Augmentation | None = None,
     ) -> None:
         if cache is not None and hear is not None:
             raise ValueError("the cache holds clips as they were recorded: give no `hear` with it")
+        if augmentation is not None and hear is not None:
+            raise ValueError("augmentation decides how clips sound: give no `hear` with it")
         self.records = list(records)
         self.processor = processor
         self.prompt = prompt
         self.cache = cache
         self.hear = hear
+        self.augmentation = augmentation
 
     def __len__(self) -> int:
         """How many clips."""
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Clip:
-        """Read one clip."""
-        record = self.records[index]
+    def __getitem__(self, index: int | EpochIndex) -> Clip:
+        """Read one clip, as it is in an epoch (the first, if only its number is given)."""
+        epoch, position = (0, index) if isinstance(index, int) else index
+        record = self.records[position]
         turn = self.processor.tokenize_turn(
             record_messages(record, self.prompt),
             record.text,
             response=record.response,
             response_finished=record.response_finished is not False,
         )
+        augmentation = self.augmentation
         if self.cache is not None:
-            return Clip(turn, None, self.cache.load(record))
+            if augmentation is None:
+                return Clip(turn, None, self.cache.load(record))
+            encoded = self.cache.load(record, augmentation.copy(record, epoch))
+            return Clip(turn, None, augmentation.mask_encoded(encoded, record, epoch))
+        if augmentation is not None:
+            mel = self.processor.features(augmentation.waveform(record, epoch))
+            return Clip(turn, augmentation.mask_mel(mel, record, epoch), None)
         audio = record.audio if self.hear is None else self.hear(record)
         return Clip(turn, self.processor.features(audio), None)
 
@@ -192,7 +209,7 @@ def pad_encoded(encoded: Sequence[Tensor]) -> dict[str, Tensor]:
     }
 
 
-class LengthGroupedSampler(Sampler[int]):
+class LengthGroupedSampler(Sampler[EpochIndex]):
     """A new random order each epoch in which clips of like length stand together.
 
     The order depends on the seed and the epoch alone, so that a resumed run sees the same one.
@@ -219,8 +236,9 @@ class LengthGroupedSampler(Sampler[int]):
         """How many clips."""
         return len(self.lengths)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[EpochIndex]:
         """Shuffle, sort within stretches of 20 batches, shuffle the batches."""
+        epoch = self.epoch
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
         batches: list[list[int]] = []
@@ -231,9 +249,9 @@ class LengthGroupedSampler(Sampler[int]):
         full = [batch for batch in batches if len(batch) == self.batch_size]
         rest = [batch for batch in batches if len(batch) < self.batch_size]
         for index in torch.randperm(len(full), generator=generator).tolist():
-            yield from full[index]
+            yield from ((epoch, clip) for clip in full[index])
         for batch in rest:
-            yield from batch
+            yield from ((epoch, clip) for clip in batch)
 
 
 def batches_of(

@@ -126,10 +126,12 @@ class AssembledModel(PartsModel):
         encoder_attention_mask: Tensor | None = None,
         target_lengths: Tensor | None = None,
         max_tokens: int | None = None,
+        free_running: Tensor | None = None,
     ) -> AdapterOutput:
         """Speech to one vector per token; :meth:`readable` makes them the language model's.
 
         Give either mel features (B, M, F) or cached encoder outputs (B, T, D), each with its mask.
+        ``free_running`` is for a :class:`CFormer`.
         """
         if encoder_hidden_states is None or encoder_attention_mask is None:
             if input_features is None or feature_attention_mask is None:
@@ -141,11 +143,13 @@ class AssembledModel(PartsModel):
                 input_features, feature_attention_mask
             )
         adapter_dtype = next(self.adapter.parameters()).dtype
+        free = {} if free_running is None else {"free_running": free_running}
         out: AdapterOutput = self.adapter(
             encoder_hidden_states.to(adapter_dtype),
             encoder_attention_mask.bool(),
             target_lengths=target_lengths,
             max_tokens=max_tokens,
+            **free,
         )
         return out
 

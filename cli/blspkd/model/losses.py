@@ -13,6 +13,7 @@ from .objective import (
     Objective,
     Pass,
     kl_loss,
+    paired,
     quantity_loss,
     response_ce_loss,
     token_loss,
@@ -46,6 +47,7 @@ def loss_sums(
     *,
     token_ids: Tensor,
     speech_mask: Tensor,
+    free_running: Tensor | None,
     embedding_weight: Tensor,
     head_weight: Tensor,
     token_scale: float,
@@ -57,6 +59,7 @@ def loss_sums(
         objective: which losses.
         token_ids: (B, L) int64, the text.
         speech_mask: (B, L) bool, True on the transcript.
+        free_running: (B,) bool, rows whose speech is not cut at the text's length, or None.
         embedding_weight: (V, H), the language model's input embeddings.
         head_weight: (V, H), its head.
         token_scale: factor on cosines in the token loss.
@@ -74,8 +77,8 @@ def loss_sums(
         )
     if weights.token > 0:
         sums["token"] = token_loss(
-            output.speech_vectors[adapter.attention_mask],
-            token_ids[speech_mask],
+            output.speech_vectors[paired(adapter.attention_mask, free_running)],
+            token_ids[paired(speech_mask, free_running)],
             embedding_weight,
             token_scale,
         )

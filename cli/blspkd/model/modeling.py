@@ -15,7 +15,7 @@ from speech_adapters import AdapterOutput
 
 from .assembled import AssembledModel
 from .losses import BlspKDOutput, loss_sums
-from .objective import Objective, Pass, loss_items
+from .objective import Objective, Pass, loss_items, paired
 from .passes import Depth, read, read_prompt
 from .splice import Spliced, splice
 
@@ -49,6 +49,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
         objective: Objective | None = None,
         num_items: dict[str, Tensor] | None = None,
         prompt_length: int = 0,
+        free_running: Tensor | None = None,
     ) -> BlspKDOutput:
         """Read the same utterances as speech and as text, and compare.
 
@@ -66,6 +67,8 @@ class BlspKDForConditionalGeneration(AssembledModel):
                 Given under gradient accumulation and data parallelism, see :func:`loss_items`.
             prompt_length: P, how many leading tokens all rows share before the speech; they are
                 read once for all rows and both passes, which then begin after them.
+            free_running: (B,) bool, rows whose speech a CFormer cuts at its predicted length, as in
+                inference. The losses that pair speech with text tokens leave them out.
         """
         attention_mask, speech_mask = attention_mask.bool(), speech_mask.bool()
         if self.config.plain_lora:
@@ -77,6 +80,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             target_lengths=speech_mask.sum(dim=1) if aligned else None,
+            free_running=free_running if aligned else None,
         )
         output = BlspKDOutput(None, {}, adapter, adapter.hidden_states, None, None)
         weights = None if objective is None else objective.weights
@@ -98,6 +102,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
                 aligned=aligned,
                 with_teacher=weights is None or weights.reads_teacher,
                 depth=None if objective is None else objective.depth,
+                free_running=free_running,
             )
         if objective is None:
             return output
@@ -106,11 +111,14 @@ class BlspKDForConditionalGeneration(AssembledModel):
             objective,
             token_ids=input_ids,
             speech_mask=speech_mask,
+            free_running=free_running,
             embedding_weight=self.embedding_weight(),
             head_weight=self.head_weight(),
             token_scale=self.config.token_scale,
         )
-        counts = num_items if num_items is not None else loss_items(speech_mask, labels)
+        counts = (
+            num_items if num_items is not None else loss_items(speech_mask, labels, free_running)
+        )
         means = {name: value / counts[name].clamp(min=1) for name, value in sums.items()}
         output.losses = {name: value.detach() for name, value in means.items()}
         weighted = [getattr(objective.weights, name) * value for name, value in means.items()]
@@ -127,6 +135,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
         aligned: bool,
         with_teacher: bool,
         depth: Depth | None,
+        free_running: Tensor | None,
     ) -> tuple[Pass, Pass | None]:
         """The student's pass over speech and, if asked for, the teacher's over ``text``."""
         assert text.labels is not None
@@ -141,7 +150,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
             self.readable(adapter.hidden_states),
             adapter.attention_mask,
             labels=text.labels,
-            length=text.inputs_embeds.shape[1] if aligned else None,
+            length=text.inputs_embeds.shape[1] if aligned and free_running is None else None,
         )
         assert spliced.labels is not None
         in_prompt = spliced.speech_mask.new_zeros(len(spliced.speech_mask), prompt_length)
@@ -154,7 +163,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
                 prompt_length,
                 depth,
             )
-        student = Pass.of(heard, spliced.speech_mask, spliced.labels)
+        student = Pass.of(heard, paired(spliced.speech_mask, free_running), spliced.labels)
         if not with_teacher:
             return student, None
         with torch.no_grad(), self.plora_on(None):
@@ -166,7 +175,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
                 prompt_length,
                 depth,
             )
-        return student, Pass.of(seen, text.speech_mask, text.labels)
+        return student, Pass.of(seen, paired(text.speech_mask, free_running), text.labels)
 
     @torch.no_grad()
     def generate(

@@ -96,14 +96,22 @@ class LossWeights:
         return self.response_kl > 0 or self.response_ce > 0
 
 
-def loss_items(speech_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def paired(mask: Tensor, free_running: Tensor | None) -> Tensor:
+    """A mask (B, S) without the rows, (B,) bool, whose speech is not cut at the text's length."""
+    return mask if free_running is None else mask & ~free_running[:, None]
+
+
+def loss_items(
+    speech_mask: Tensor, labels: Tensor, free_running: Tensor | None = None
+) -> dict[str, Tensor]:
     """How many items each loss averages over in a batch: scalars, int64.
 
     Args:
         speech_mask: (B, L) bool, True on transcript tokens.
         labels: (B, L) int64, -100 except on the response.
+        free_running: (B,) bool, rows that the losses between pairs of tokens leave out, or None.
     """
-    tokens = speech_mask.sum()
+    tokens = paired(speech_mask, free_running).sum()
     responses = response_mask(labels).sum()
     clips = torch.tensor(speech_mask.shape[0], device=speech_mask.device)
     return {
@@ -161,7 +169,8 @@ class Pass:
 
     Attributes:
         hidden_states: (B, S, H), what its head would read after the last layer that was run.
-        speech_mask: (B, S) bool, True on the tokens that stand for the utterance.
+        speech_mask: (B, S) bool, True on the tokens that stand for the utterance, where each has
+            its counterpart in the other pass.
         labels: (B, S) int64, -100 except on the response.
         layer_output: (B, S, H), the output of the objective's layer, if a loss needs it.
         layer_readout: (B, S, H), what the head would read from it.

@@ -111,6 +111,44 @@ class PartsModel(PreTrainedModel):
         model.train(False)
         return model
 
+    def take_weights(self, folder: str | os.PathLike[str]) -> list[str]:
+        """Begin with the weights of another trained model: the next stage of a training.
+
+        Args:
+            folder: as :meth:`save_pretrained` wrote it. Its adapter must be of the same shape.
+
+        Returns:
+            The parts that the folder has no weights for, which stay as they were.
+
+        Raises:
+            ValueError: if the folder is no trained model, was trained on other parts, or has
+                weights that this model lacks or has in another shape.
+        """
+        weights = Path(folder) / WEIGHTS_NAME
+        if not weights.is_file():
+            raise ValueError(f"{folder} is no trained BLSP-KD model: it has no {WEIGHTS_NAME}")
+        other = BlspKDConfig.from_pretrained(str(folder))
+        for part in ("encoder", "language_model"):
+            wanted = getattr(self.config, f"{part}_fingerprint")
+            found = getattr(other, f"{part}_fingerprint")
+            if wanted != found:
+                raise ValueError(
+                    f"{folder} was trained on another {part}: its weights are {found}, this run's "
+                    f"are {wanted}"
+                )
+        stored, own = load_file(weights), self.state_dict()
+        for name, tensor in stored.items():
+            if name not in self.trained_names() or own[name].shape != tensor.shape:
+                shape = tuple(own[name].shape) if name in own else "nothing of that name"
+                raise ValueError(
+                    f"{weights}: {name} is {tuple(tensor.shape)}, this model has {shape}: give "
+                    "model.adapter, model.plora and model.train_encoder the values it was trained "
+                    "with"
+                )
+        self.load_state_dict(stored, strict=False)
+        missing = self.trained_names() - stored.keys()
+        return sorted({"plora" if ".lora_" in name else name.split(".")[0] for name in missing})
+
     def trained_names(self) -> set[str]:
         """Names of the parameters that belong to a checkpoint: all that are ever trained."""
         return set(self.trainable)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from blspkd.data.augment_config import AugmentConfig
 from blspkd.model.configuration import DEFAULT_PROMPT, AdapterType, SpeechEmbedding
 from blspkd.model.objective import LayerDistance
 
-from .windows import LossSection, TrainedSection
+from .windows import FractionSection, LossSection, TrainedSection
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class ModelSection:
         token_scale: factor on cosines, for the soft embedding and the token loss.
         prompt: what the user turn says around ``{speech}``.
         trust_remote_code: run code that a checkpoint brings along.
+        start_from: folder of a trained model whose weights this run begins with, instead of fresh
+            ones; what it lacks (PLoRA, say) starts fresh.
     """
 
     encoder: str = ""
@@ -44,6 +47,7 @@ class ModelSection:
     token_scale: float = 30.0
     prompt: str = DEFAULT_PROMPT
     trust_remote_code: bool = False
+    start_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class DataSection:
         eval_limit: use only the first so many clips of each held-out set.
         cache_features: compute the frozen encoder's outputs once, and keep them.
         cache_dir: where; by default inside the run's folder.
+        augment: what is done to the training clips; see :class:`AugmentConfig`.
     """
 
     train: str = ""
@@ -72,6 +77,15 @@ class DataSection:
     eval_limit: int | None = None
     cache_features: bool = False
     cache_dir: str | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse masks in frequency where there are no frequencies."""
+        if self.cache_features and self.augment.masks.frequency:
+            raise ValueError(
+                "augment.masks.frequency masks mel features, which are not there with "
+                "cache_features: set it to 0, or cache_features=false"
+            )
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,9 @@ class LossesSection:
         scale_by_temperature_squared: multiply the KL losses by the temperature squared.
         layer: of the language model, from 1, which layer_hidden and layer_kl look at.
         layer_distance: of layer_hidden: "cosine" or "mse".
+        predicted_length: fraction of the clips with a response that CIF cuts at its predicted
+            length, as in inference, instead of at the text's, while a response loss counts. The
+            losses that pair speech with text tokens leave these clips out.
     """
 
     token: LossSection = field(default_factory=LossSection)
@@ -104,6 +121,7 @@ class LossesSection:
     scale_by_temperature_squared: bool = False
     layer: int = 1
     layer_distance: LayerDistance = "cosine"
+    predicted_length: FractionSection = field(default_factory=FractionSection)
 
     def __post_init__(self) -> None:
         """Refuse layers that are no layer; how many there are, the language model knows."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from .config import TrainConfig
-from .windows import LossSection
+from .windows import FractionSection, LossSection
 
 
 def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> TrainConfig:
@@ -56,8 +56,9 @@ def as_dict(config: TrainConfig) -> dict[str, Any]:
 
 def _build(kind: Any, values: Any, where: str) -> Any:
     """A dataclass from a mapping, with every key and value checked."""
-    if kind is LossSection and isinstance(values, (int, float)) and not isinstance(values, bool):
-        values = {"weight": values}
+    plain = isinstance(values, (int, float)) and not isinstance(values, bool)
+    if plain and kind in (LossSection, FractionSection):
+        values = {"weight" if kind is LossSection else "fraction": values}
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected a mapping, got {values!r}")
     hints = typing.get_type_hints(kind)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from blspkd.data.batches import ClipDataset, Collator
 
+from .build import Say, build_model, describe_parameters, make_processor
 from .clips import describe_clips, read_clips
 from .config import TrainConfig
-from .run import Say, build_model, describe_parameters, make_processor
 from .schedule import check_schedule
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,18 +11,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
+from blspkd.data.augment import Augmentation
 from blspkd.data.batches import ClipDataset, Collator
 from blspkd.data.features import FeatureCache
 from blspkd.data.manifest import Record
-from blspkd.model.bases import load_feature_extractor, load_tokenizer
-from blspkd.model.configuration import BlspKDConfig
-from blspkd.model.early_layer import check_layer
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor
 
 from .arguments import training_arguments
+from .build import build_model, describe_parameters, make_processor
 from .callbacks import ProgressLine, RunLog, StopOnInterrupt
 from .clips import Clips, describe_clips, read_clips
 from .config import TrainConfig
@@ -87,23 +85,30 @@ def train(
         clips = read_clips(config, processor, folder, overfit=overfit)
     say(describe_clips(clips))
     set_seed(config.seed)
-    model = build_model(config).to(process.device)
+    model = build_model(config, say=say).to(process.device)
     say(describe_parameters(model))
     if process.is_main_process:
         write_config(folder, config)
 
+    augmentation = Augmentation(config.data.augment, clips.train, seed=config.seed)
     cache = None
     if config.data.cache_features:
         with process.main_process_first():
-            cache = _filled_cache(config, folder, model, processor, clips, say)
+            cache = _filled_cache(config, folder, model, processor, clips, augmentation, say)
     collator = Collator(
         processor,
         full_window=config.model.full_window,
         share_prompt=config.optim.share_prompt and not config.optim.gradient_checkpointing,
     )
 
-    def dataset(records: list[Record]) -> ClipDataset:
-        return ClipDataset(records, processor, prompt=config.model.prompt, cache=cache)
+    def dataset(records: list[Record], augmentation: Augmentation | None = None) -> ClipDataset:
+        return ClipDataset(
+            records,
+            processor,
+            prompt=config.model.prompt,
+            cache=cache,
+            augmentation=augmentation,
+        )
 
     held_out = HeldOut(
         {name: dataset(records) for name, records in clips.held_out.items()},
@@ -118,7 +123,7 @@ def train(
         held_out.measure,
         model=model,
         args=training_arguments(config, folder),
-        train_dataset=dataset(clips.train),
+        train_dataset=dataset(clips.train, augmentation),
         # its own evaluate() does not read it, but Trainer will not evaluate without one
         eval_dataset=next(iter(held_out.sets.values()), None),
         data_collator=collator,
@@ -140,73 +145,27 @@ def train(
     return RunResult(folder, before, after, interrupted=False)
 
 
-def make_processor(config: TrainConfig) -> BlspKDProcessor:
-    """The processor of the two parts that the configuration names."""
-    for name in ("encoder", "language_model"):
-        if not getattr(config.model, name):
-            raise ValueError(f"model.{name} is not set: give a path or a hub id")
-    return BlspKDProcessor(
-        load_feature_extractor(config.model.encoder),
-        load_tokenizer(
-            config.model.language_model, trust_remote_code=config.model.trust_remote_code
-        ),
-    )
-
-
-def build_model(config: TrainConfig) -> BlspKDForConditionalGeneration:
-    """A fresh model of the configuration."""
-    section = dataclasses.asdict(config.model)
-    dtype = getattr(torch, section.pop("dtype"))
-    trust_remote_code = section.pop("trust_remote_code")
-    model = BlspKDForConditionalGeneration.from_parts(
-        BlspKDConfig(**section), dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    if config.losses.layer_hidden.weight > 0 or config.losses.layer_kl.weight > 0:
-        check_layer(model.language_model.get_decoder(), config.losses.layer)
-    if config.optim.gradient_checkpointing:
-        _recompute_activations(model.language_model)
-        if config.model.train_encoder:
-            _recompute_activations(model.speech_encoder.encoder)
-    return model
-
-
-def _recompute_activations(part: PreTrainedModel) -> None:
-    """Turn on gradient checkpointing, by the name that this version of transformers wants."""
-    newer = getattr(part, "activation_checkpointing_enable", None)
-    (newer or part.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def describe_parameters(model: BlspKDForConditionalGeneration) -> str:
-    """Trained and frozen parameters by part, in millions."""
-    totals: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        part = "plora" if ".lora_" in name else name.split(".")[0]
-        counts = totals.setdefault(part, [0, 0])
-        counts[0 if parameter.requires_grad else 1] += parameter.numel()
-    return "parameters: " + "; ".join(
-        f"{part} {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen"
-        for part, (trained, frozen) in totals.items()
-    )
-
-
 def _filled_cache(
     config: TrainConfig,
     folder: Path,
     model: BlspKDForConditionalGeneration,
     processor: BlspKDProcessor,
     clips: Clips,
+    augmentation: Augmentation,
     say: Say,
 ) -> FeatureCache:
-    """Encoder outputs of every clip of the run."""
+    """Encoder outputs of every clip of the run, and of the training clips' augmented copies."""
     root = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else folder / "cache"
-    cache = FeatureCache(root, model, processor)
-    records = [*clips.train, *(r for records in clips.held_out.values() for r in records)]
+    cache = FeatureCache(root, model, processor, augmenter=augmentation.augmenter)
 
     def progress(done: int, total: int) -> None:
         if done == total or done % 512 < 16:
             say(f"encoded {done}/{total} clips")
 
-    cache.fill(records, progress=progress)
+    copies = 0 if augmentation.augmenter is None else config.data.augment.copies
+    cache.fill(clips.train, copies=copies, progress=progress)
+    held_out = [record for records in clips.held_out.values() for record in records]
+    cache.fill(held_out, progress=progress)
     return cache
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -15,9 +16,10 @@ from transformers import Trainer
 from blspkd.data.batches import ClipDataset, Collator, LengthGroupedSampler
 from blspkd.model.objective import loss_items
 from blspkd.model.parts import Part, part_of
+from kd_losses import response_mask
 
 from .config import TrainConfig
-from .schedule import objective_at, parts_at
+from .schedule import objective_at, parts_at, weights_at
 
 Figures = dict[str, float]
 
@@ -75,13 +77,28 @@ class BlspKDTrainer(Trainer):
         """The micro-batches of one step; counts each loss's items over them all."""
         samples = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         totals: dict[str, Tensor] = {}
+        self._draw_free_running(samples)
         for batch in samples:
-            for name, count in loss_items(batch["speech_mask"], batch["labels"]).items():
+            counts = loss_items(batch["speech_mask"], batch["labels"], batch.get("free_running"))
+            for name, count in counts.items():
                 totals[name] = totals.get(name, torch.zeros((), device=device)) + count.to(device)
         self.step_items = {
             name: self.accelerator.reduce(total, reduction="sum") for name, total in totals.items()
         }
         return samples, self.step_items.get("quantity")
+
+    def _draw_free_running(self, batches: list[Any]) -> None:
+        """Choose the clips that are cut at their predicted length; the same if run again."""
+        section, progress = self.run_config.losses.predicted_length, self._progress()
+        fraction = section.fraction * section.share_at(progress)
+        if not fraction or not weights_at(self.run_config.losses, progress).reads_response:
+            return
+        seed = (self.run_config.seed, self.state.global_step, self.args.process_index)
+        generator = np.random.default_rng(seed)
+        for batch in batches:
+            labels = batch["labels"]
+            drawn = torch.from_numpy(generator.random(len(labels)) < fraction).to(labels.device)
+            batch["free_running"] = drawn & response_mask(labels).any(dim=1)
 
     def training_step(
         self,

@@ -64,6 +64,23 @@ class LossSection(Window):
 
 
 @dataclass(frozen=True)
+class FractionSection(Window):
+    """A fraction of the clips, and the stretch of the run in which they are drawn.
+
+    Attributes:
+        fraction: in [0, 1]; it may rise on the ramp.
+    """
+
+    fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no fraction."""
+        super().__post_init__()
+        if not 0.0 <= self.fraction <= 1.0:
+            raise ValueError(f"fraction must lie in [0, 1], got {self.fraction}")
+
+
+@dataclass(frozen=True)
 class PartSection(Window):
     """The stretch of the run in which one part is trained; outside of it, it is frozen.
 

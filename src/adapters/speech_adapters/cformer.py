@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cif import CIF
 
+from .free_running import fire
 from .inputs import checked_mask
 from .output import AdapterOutput
 from .transformer import Transformer
@@ -120,6 +121,7 @@ class CFormer(nn.Module):
         *,
         target_lengths: Tensor | None = None,
         max_tokens: int | None = None,
+        free_running: Tensor | None = None,
     ) -> AdapterOutput:
         """Cut the frames into tokens.
 
@@ -129,6 +131,8 @@ class CFormer(nn.Module):
             target_lengths: (B,) int, how many tokens each row must fire (training); None lets the
                 predicted weights decide (inference).
             max_tokens: N, when it is known: spares the device a synchronisation.
+            free_running: (B,) bool, rows whose predicted weights decide the length although target
+                lengths are given, so that some of the training meets inference's conditions.
 
         Returns:
             :class:`AdapterOutput` with every optional field set.
@@ -140,8 +144,13 @@ class CFormer(nn.Module):
         real_frames = mask.sum(dim=1, keepdim=True)
         frames, mask = self._stack(hidden_states, mask)
         frames = self.pre_cif(self.input_projection(frames), mask)
-        fired = self.cif(
-            frames, attention_mask=mask, target_lengths=target_lengths, max_tokens=max_tokens
+        fired = fire(
+            self.cif,
+            frames,
+            mask,
+            target_lengths=target_lengths,
+            free_running=free_running,
+            max_tokens=max_tokens,
         )
         tokens = self.post_cif(fired.hidden_states, fired.attention_mask)
         embeddings = self.output_projection(tokens)

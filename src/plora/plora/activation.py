@@ -195,9 +195,15 @@ def active_rows(
         ValueError: `batch` is no multiple of B.
     """
     check_batch(mask, batch)
-    window = mask[:, past : past + length].repeat_interleave(batch // mask.shape[0], dim=0)
-    where = window.nonzero()
-    return (where[:, 0] * length + where[:, 1]).to(device, non_blocking=True)
+    window = mask if past == 0 and mask.shape[1] == length else mask[:, past : past + length]
+    if batch != mask.shape[0]:
+        window = window.repeat_interleave(batch // mask.shape[0], dim=0)
+    if window.shape[1] == length:
+        index = window.flatten().nonzero().view(-1)
+    else:
+        where = window.nonzero()
+        index = where[:, 0] * length + where[:, 1]
+    return index.to(device, non_blocking=True)
 
 
 def dense_rows(mask: Tensor, *, batch: int, length: int, past: int, device: torch.device) -> Tensor:

@@ -17,9 +17,8 @@ from plora.config import ALL_LINEAR, DEFAULT, PLoRAConfig
 from plora.dora import add_dora, weight_norm
 from plora.gather import add_low_rank
 from plora.mask import is_disabled
-from plora.rows import Rows
 from plora.taken import compute_dtype
-from plora.update import expand, shrink
+from plora.update import Begun, shrink
 
 
 @dataclass(frozen=True)
@@ -135,17 +134,17 @@ class PLoRALinear(nn.Module):
             return output
         # Other kinds of tensors, such as those of tensor parallelism, take plain operations only
         cut = seen and type(hidden_states) is Tensor and not torch.compiler.is_compiling()
-        low: dict[str, tuple[Rows, Tensor]] = {}
+        begun: dict[str, Begun] = {}
         before = hidden_states
         if cut:
-            before = self._shrink(hidden_states, chosen, activation, low)
+            before = self._shrink(hidden_states, chosen, activation, begun)
         output = self.base_layer(before)
         if not seen or not self._is_linear(hidden_states, output):
             self._leave_out(hidden_states, activation.batch, activation.length)
             return output
         for name, rows in chosen.items():
-            if name in low:
-                output = self._expand(name, output, *low[name])
+            if name in begun:
+                output = begun[name].finish(output)
             elif name in self.updates:
                 # the rows are elsewhere if the decoder is spread out
                 output = self._add(name, output, hidden_states, rows.to(hidden_states.device))
@@ -183,39 +182,36 @@ class PLoRALinear(nn.Module):
         hidden_states: Tensor,
         chosen: Mapping[str, Tensor],
         activation: Activation,
-        low: dict[str, tuple[Rows, Tensor]],
+        begun: dict[str, Begun],
     ) -> Tensor:
-        """What the base layer is to be called with; fills `low`, for each modality without DoRA."""
+        """What the base layer is to be called with; fills `begun`, unless a modality has DoRA."""
         before, dtype = hidden_states, compute_dtype(hidden_states)
+        taken, alone = current_taken(), is_untouched(self.base_layer)
         for name, found in chosen.items():
             update = self.updates.get(name)
             if update is None or update.use_dora:
                 continue
-            rows = activation.ready(found, hidden_states.device)
-            before, h = shrink(
+            rows, parameters = activation.ready(found, hidden_states.device), self.trained(name)
+            before, low = shrink(
                 before,
                 rows,
-                self.trained(name)["lora_A"],
+                parameters["lora_A"],
                 dtype=dtype,
-                taken=current_taken(),
+                taken=taken,
                 source=hidden_states,
                 dropout=update.dropout if self.training else 0.0,
-                in_place=is_untouched(self.base_layer),
+                in_place=alone,
                 backend=self.backend,
             )
-            low[name] = rows, h
+            begun[name] = Begun.of(
+                rows,
+                low,
+                parameters["lora_B"],
+                scaling=update.scaling,
+                in_place=alone,
+                backend=self.backend,
+            )
         return before
-
-    def _expand(self, modality: str, output: Tensor, rows: Rows, low: Tensor) -> Tensor:
-        return expand(
-            output,
-            rows,
-            low,
-            self.trained(modality)["lora_B"],
-            scaling=self.updates[modality].scaling,
-            in_place=is_untouched(self.base_layer),
-            backend=self.backend,
-        )
 
     def _add(self, modality: str, output: Tensor, hidden_states: Tensor, rows: Tensor) -> Tensor:
         """`output` with the update of one modality on `rows`."""

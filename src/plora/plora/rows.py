@@ -57,7 +57,7 @@ class Rows:
             return matrix.index_select(0, self.index)
         if len(self.runs) == 1:
             start, stop = self.runs[0]
-            return matrix[start:stop]
+            return matrix.narrow(0, start, stop - start)
         return torch.cat([matrix[start:stop] for start, stop in self.runs])
 
 
@@ -75,7 +75,9 @@ def find_runs(index: Tensor) -> tuple[tuple[int, int], ...] | None:
     count = index.shape[0]
     if count == 0:
         return None
-    first, last = int(index[0]), int(index[-1])
+    # both ends by one call
+    ends = index[:: max(1, count - 1)].tolist()
+    first, last = ends[0], ends[-1]
     if last - first == count - 1:
         return ((first, last + 1),)
     (breaks,) = torch.where(index.diff() != 1)

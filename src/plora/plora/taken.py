@@ -36,8 +36,11 @@ class Taken:
         # do not count their changes.
         if not torch.is_grad_enabled() or hidden_states.is_inference():
             return chosen_rows(hidden_states, rows, dtype)
-        # Tensor._version, as torch's notes on in-place operations name it, counts changes in place:
-        # a tensor that was changed between two layers is another input.
+        # Tensor._version counts changes in place: a tensor that was changed between two layers is
+        # another input. There is no other way to ask that: grad_fn stays what it was after changes
+        # under no_grad or through detach(), and what autograd checks by itself, a tensor that was
+        # saved, would keep all positions in memory. Should a version of torch drop the attribute,
+        # this line raises.
         version = hidden_states._version
         known = self._input is not None and self._input() is hidden_states
         if not known or self._version != version:

@@ -14,7 +14,7 @@ rank.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ def shrink(
         An alias of `hidden_states`, which the base layer has to be called with, and h, (R, r) of
         `dtype`.
     """
-    name = _backend(backend, rows, hidden_states, dtype, lora_a.shape[0])
+    rank, features = lora_a.shape
+    name = _backend(backend, rows, hidden_states.device, dtype, features, rank)
     learns = hidden_states.requires_grad or lora_a.requires_grad
     recorded = torch.is_grad_enabled() and learns
     if name == "triton" and not recorded and dropout == 0.0 and hidden_states.dtype == dtype:
@@ -72,7 +73,7 @@ def shrink(
     if not recorded:
         return hidden_states, torch_backend.down(_drop(chosen, keep, kept), lora_a.to(dtype))
     alias, low = _Shrink.apply(  # type: ignore[no-untyped-call]  # torch's
-        hidden_states, chosen, lora_a, keep, rows.index, rows.runs, kept, in_place, name
+        hidden_states, chosen, lora_a, keep, rows, kept, in_place, name
     )
     return cast(Tensor, alias if hidden_states.requires_grad else hidden_states), cast(Tensor, low)
 
@@ -103,11 +104,48 @@ def expand(
     Returns:
         (..., N), dtype of `output`, which must not be used any more if it was written into.
     """
-    name = _backend(backend, rows, output, low.dtype, lora_b.shape[1])
-    result = _Expand.apply(  # type: ignore[no-untyped-call]  # torch's
-        output, low, lora_b, rows.index, rows.runs, scaling, in_place, name
-    )
-    return cast(Tensor, result)
+    begun = Begun.of(rows, low, lora_b, scaling=scaling, in_place=in_place, backend=backend)
+    return begun.finish(output)
+
+
+class Begun(NamedTuple):
+    """An update between `shrink` and `expand`, while the base layer runs.
+
+    All that `expand` needs is made ready before: a large product leaves nothing in a CPU's caches,
+    and what runs first after it is several times as slow.
+    """
+
+    rows: Rows
+    low: Tensor
+    lora_b: Tensor
+    cast_b: Tensor
+    scaling: float
+    in_place: bool
+    backend: Literal["triton", "torch"]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Rows,
+        low: Tensor,
+        lora_b: Tensor,
+        *,
+        scaling: float,
+        in_place: bool,
+        backend: Backend,
+    ) -> Begun:
+        """With B cast, and the backend chosen; the arguments are those of `expand`."""
+        out, rank = lora_b.shape
+        name = _backend(backend, rows, low.device, low.dtype, out, rank)
+        return cls(rows, low, lora_b, lora_b.detach().to(low.dtype), scaling, in_place, name)
+
+    def finish(self, output: Tensor) -> Tensor:
+        """What `expand` returns."""
+        rows, low, lora_b, cast_b, *rest = self
+        result = _Expand.apply(  # type: ignore[no-untyped-call]  # torch's
+            output, low, lora_b, cast_b, rows, *rest
+        )
+        return cast(Tensor, result)
 
 
 def _drop(chosen: Tensor, keep: Tensor | None, kept: float) -> Tensor:
@@ -115,11 +153,16 @@ def _drop(chosen: Tensor, keep: Tensor | None, kept: float) -> Tensor:
 
 
 def _backend(
-    backend: Backend, rows: Rows, values: Tensor, dtype: torch.dtype, rank: int
+    backend: Backend,
+    rows: Rows,
+    device: torch.device,
+    dtype: torch.dtype,
+    features: int,
+    rank: int,
 ) -> Literal["triton", "torch"]:
     if backend == "auto" and rows.runs is not None:
         return "torch"  # views of few runs leave nothing to gather
-    return resolve(backend, values.device, dtype, len(rows) * values.shape[-1], rank)
+    return resolve(backend, device, dtype, len(rows) * features, rank)
 
 
 def _scaled(values: Tensor, scaling: float) -> Tensor:
@@ -146,14 +189,13 @@ class _Shrink(torch.autograd.Function):
         chosen: Tensor,
         lora_a: Tensor,
         keep: Tensor | None,
-        index: Tensor,
-        runs: tuple[tuple[int, int], ...] | None,
+        rows: Rows,
         kept: float,
         in_place: bool,
         name: str,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(chosen, lora_a, keep, index)
-        ctx.rest = runs, kept, in_place, name
+        ctx.save_for_backward(chosen, lora_a, keep)
+        ctx.rest = rows, kept, in_place, name
         ctx.shape, ctx.dtype = hidden_states.shape, hidden_states.dtype
         ctx.set_materialize_grads(False)
         low = torch_backend.down(_drop(chosen, keep, kept), lora_a.to(chosen.dtype))
@@ -164,13 +206,13 @@ class _Shrink(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_alias, d_low = grads
-        chosen, lora_a, keep, index = ctx.saved_tensors
-        runs, kept, in_place, name = ctx.rest
+        chosen, lora_a, keep = ctx.saved_tensors
+        rows, kept, in_place, name = ctx.rest
         d_hidden, d_a = d_alias, None
         if d_low is not None and ctx.needs_input_grad[2]:
             d_a = torch_backend.outer(d_low, _drop(chosen, keep, kept)).to(lora_a.dtype)
         if d_low is not None and ctx.needs_input_grad[0]:
-            rows, weight = Rows(index, runs), lora_a.to(d_low.dtype)
+            weight = lora_a.to(d_low.dtype)
             if d_alias is None:
                 d_alias, in_place = d_low.new_zeros(ctx.shape, dtype=ctx.dtype), True
             if keep is not None or torch.is_grad_enabled():
@@ -179,7 +221,7 @@ class _Shrink(torch.autograd.Function):
             else:
                 d_hidden = _writable(d_alias, in_place)
                 _add_up(d_hidden.view(-1, ctx.shape[-1]), rows, d_low, weight, 1.0, name)
-        return d_hidden, None, d_a, None, None, None, None, None, None
+        return d_hidden, None, d_a, None, None, None, None, None
 
 
 class _Expand(torch.autograd.Function):
@@ -191,18 +233,18 @@ class _Expand(torch.autograd.Function):
         output: Tensor,
         low: Tensor,
         lora_b: Tensor,
-        index: Tensor,
-        runs: tuple[tuple[int, int], ...] | None,
+        cast_b: Tensor,
+        rows: Rows,
         scaling: float,
         in_place: bool,
         name: str,
     ) -> Tensor:
-        ctx.save_for_backward(low, lora_b, index)
-        ctx.runs, ctx.scaling, ctx.name = runs, scaling, name
+        ctx.save_for_backward(low, lora_b)
+        ctx.rest = rows, scaling, name
         ctx.set_materialize_grads(False)
         result = _writable(output, in_place)
         flat = result.view(-1, result.shape[-1])
-        _add_up(flat, Rows(index, runs), low, lora_b.to(low.dtype).mT, scaling, name)
+        _add_up(flat, rows, low, cast_b.t(), scaling, name)
         return result
 
     @staticmethod
@@ -210,23 +252,23 @@ class _Expand(torch.autograd.Function):
         (d_output,) = grads
         if d_output is None:
             return (None,) * 8
-        low, lora_b, index = ctx.saved_tensors
-        rows = Rows(index, ctx.runs)
-        if ctx.name == "triton" and not torch.is_grad_enabled():
+        low, lora_b = ctx.saved_tensors
+        rows, scaling, name = ctx.rest
+        if name == "triton" and not torch.is_grad_enabled():
             flat = d_output.reshape(-1, d_output.shape[-1]).to(low.dtype)
             weight = lora_b.to(low.dtype).mT
             return (
                 d_output,
-                triton_launch.shrink(flat, index, weight, ctx.scaling),
-                triton_launch.outer(low, flat, index, ctx.scaling).to(lora_b.dtype).mT,
+                triton_launch.shrink(flat, rows.index, weight, scaling),
+                triton_launch.outer(low, flat, rows.index, scaling).to(lora_b.dtype).mT,
                 *(None,) * 5,
             )
         d_rows = rows.take(d_output.reshape(-1, d_output.shape[-1])).to(low.dtype)
         d_low = d_b = None
         if ctx.needs_input_grad[1]:
-            d_low = _scaled(torch_backend.down(d_rows, lora_b.to(low.dtype).mT), ctx.scaling)
+            d_low = _scaled(torch_backend.down(d_rows, lora_b.to(low.dtype).t()), scaling)
         if ctx.needs_input_grad[2]:
-            d_b = _scaled(torch_backend.outer(low, d_rows), ctx.scaling).to(lora_b.dtype).mT
+            d_b = _scaled(torch_backend.outer(low, d_rows), scaling).to(lora_b.dtype).t()
         return d_output, d_low, d_b, None, None, None, None, None
 
 
