@@ -104,15 +104,20 @@ def origins(matrix: Matrix, folder: str) -> list[str]:
     """Where each run's figures come from; `folder` is that of the result files."""
     if not matrix.runs:
         return [f"{NOT_RUN.capitalize()}."]
-    cells = [["", "seed", "steps", "clips seen", "hours", "minutes", "device", "commit"]]
+    cells = [["", "seed", "steps", "clips seen", "trained M", "hours", "minutes", "device"]]
     for row, runs in matrix.runs.items():
         for run in runs:
             link = f"[{matrix.titles[row]}]({folder}/{row}-s{run['seed']}.json)"
             counts = (f"{run['seed']}", f"{run['steps']:,}", f"{run['clips_seen']:,}")
             times = (f"{run['train_hours']:.1f}", f"{run['train_seconds'] / 60:.0f}")
-            commit = (run["commit"] or "unknown")[:10]
-            cells.append([link, *counts, *times, run["device"], commit])
-    return ["*hours*: of speech trained on; *minutes*: of training.", markdown(cells)]
+            size = f"{run['trained_parameters'] / 1e6:.1f}"
+            where = f"{run['device']}, {(run['commit'] or 'unknown')[:10]}"
+            cells.append([link, *counts, size, *times, where])
+    return [
+        "*trained M*: millions of trained parameters; *hours*: of speech trained on; *minutes*: of "
+        "training; then device and commit.",
+        markdown(cells),
+    ]
 
 
 def _robust_runs(matrix: Matrix) -> list[tuple[str, dict[str, Any]]]:

@@ -90,6 +90,7 @@ def measure_run(
         "title": row.title.strip(),
         "seed": seed,
         **_origin(config, folder),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sets": sets,
     }
     if row.robustness and seed == row.seeds[0] and how.robustness is not None:
