@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.proof_cells import METRICS, NOT_RUN, mean, with_interval
 from benchmarks.proof_charts import CHARTS
 from benchmarks.proof_results import CASCADE, PLAN, RESULTS, ROOT, Matrix, read_matrix
-from benchmarks.proof_sections import chart, drift, origins, robustness, scaling
+from benchmarks.proof_sections import chart, drift, origins, robustness, scaling, tasks
 from blspkd.evaluation.bootstrap import Gap
 from blspkd.evaluation.tables import markdown
 
@@ -58,6 +58,7 @@ def document(matrix: Matrix, folder: str) -> str:
         parts.append(f"Not run: {', '.join(missing)}.")
     parts += [*chart(matrix, "matrix"), "## Differences", *_differences(matrix)]
     parts += ["## Plain LoRA in place of PLoRA", *drift(matrix)]
+    parts += ["## Other tasks", *tasks(matrix)]
     parts += ["## Robustness", *robustness(matrix)]
     parts += ["## Scaling", *scaling(matrix)]
     parts += ["## Runs", *origins(matrix, folder)]

@@ -17,7 +17,14 @@ METRICS = {
     "self_rouge_l": "Self-ROUGE-L",
     "self_bleu": "Self-BLEU",
 }
-PERCENT = ("input_top1", "token_accuracy", "length_exact", "length_within_one", "transcript_wer")
+PERCENT = (
+    "input_top1",
+    "token_accuracy",
+    "length_exact",
+    "length_within_one",
+    "transcript_wer",
+    "wer",
+)
 NOT_RUN = "not run"
 
 
@@ -36,7 +43,7 @@ def show(metric: str, value: float | None) -> str:
         return ""
     if metric in PERCENT:
         return f"{100 * value:.1f}"
-    return f"{value:.1f}" if metric == "self_bleu" else f"{value:.3f}"
+    return f"{value:.1f}" if metric in ("self_bleu", "bleu") else f"{value:.3f}"
 
 
 def with_interval(metric: str, gap: Gap) -> str:

@@ -11,6 +11,8 @@ from blspkd.evaluation.nothing import PRETENDED_WORDS
 from blspkd.evaluation.tables import markdown
 
 ROUGE = "self_rouge_l"
+OWN = {"asr": "wer", "st": "bleu"}
+TASK_FIGURES = {"wer": "WER %", "bleu": "BLEU", ROUGE: "Self-ROUGE-L"}
 
 
 def drift(matrix: Matrix) -> list[str]:
@@ -35,6 +37,27 @@ def drift(matrix: Matrix) -> list[str]:
         "The last three columns: Self-ROUGE-L of its answers to the true transcript, to Whisper's "
         "and to speech against the *untouched* language model's answers to text; above, they are "
         "compared with its own. With PLoRA the text column is 1 and the drift 0 by construction.",
+        markdown(cells),
+    ]
+
+
+def tasks(matrix: Matrix) -> list[str]:
+    """What else was asked, beside what the language model makes of the true transcript."""
+    sides = ("text", CASCADE, "speech")
+    cells = [["", "set", "task", "figure", *sides]]
+    for row, runs in matrix.runs.items():
+        for name, one in runs[0]["sets"].items():
+            for task, found in one.get("tasks", {}).items():
+                metric = OWN.get(task, ROUGE)
+                values = [found["rows"].get(side, {}).get(metric) for side in sides]
+                title = TASK_FIGURES[metric]
+                shown = [show(metric, value) for value in values]
+                cells.append([matrix.titles[row], name, task, title, *shown])
+    if len(cells) == 1:
+        return [f"{NOT_RUN.capitalize()}."]
+    return [
+        "*text* is the ceiling: the same language model, given the true transcript. Where it is "
+        "bad, the others say little.",
         markdown(cells),
     ]
 
@@ -104,15 +127,20 @@ def origins(matrix: Matrix, folder: str) -> list[str]:
     """Where each run's figures come from; `folder` is that of the result files."""
     if not matrix.runs:
         return [f"{NOT_RUN.capitalize()}."]
-    cells = [["", "seed", "steps", "clips seen", "hours", "minutes", "device", "commit"]]
+    cells = [["", "seed", "steps", "clips seen", "trained M", "hours", "minutes", "device"]]
     for row, runs in matrix.runs.items():
         for run in runs:
             link = f"[{matrix.titles[row]}]({folder}/{row}-s{run['seed']}.json)"
             counts = (f"{run['seed']}", f"{run['steps']:,}", f"{run['clips_seen']:,}")
             times = (f"{run['train_hours']:.1f}", f"{run['train_seconds'] / 60:.0f}")
-            commit = (run["commit"] or "unknown")[:10]
-            cells.append([link, *counts, *times, run["device"], commit])
-    return ["*hours*: of speech trained on; *minutes*: of training.", markdown(cells)]
+            size = f"{run['trained_parameters'] / 1e6:.1f}"
+            where = f"{run['device']}, {(run['commit'] or 'unknown')[:10]}"
+            cells.append([link, *counts, size, *times, where])
+    return [
+        "*trained M*: millions of trained parameters; *hours*: of speech trained on; *minutes*: of "
+        "training; then device and commit.",
+        markdown(cells),
+    ]
 
 
 def _robust_runs(matrix: Matrix) -> list[tuple[str, dict[str, Any]]]:

@@ -23,7 +23,7 @@ from typing import Any
 import click
 import yaml
 from matrix_measure import measure_run
-from matrix_plan import Plan, Row, differing, read_plan, row_config, settings
+from matrix_plan import Plan, Row, differing, read_plan, row_config, settings, with_defaults
 from matrix_shared import compact, write
 
 from blspkd.model.loading import quieten_transformers
@@ -131,7 +131,9 @@ def state_of(plan: Plan, row: Row, seed: int, config: TrainConfig) -> str:
 
 
 def _refuse_others(place: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    fields = differing(json.loads(compact(found)), json.loads(compact(wanted)))
+    filled = with_defaults(found)
+    known = {key: value for key, value in filled.items() if key in found or key in wanted}
+    fields = differing(json.loads(compact(known)), json.loads(compact(wanted)))
     if fields:
         raise ValueError(
             f"{place} was made with other settings ({', '.join(fields)}): delete it to make it "

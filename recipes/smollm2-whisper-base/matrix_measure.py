@@ -78,8 +78,8 @@ def measure_run(
     for name, clips in records.items():
         say(f"measuring {name}: {len(clips)} clips")
         sets[name] = _measure_set(listener, shared, name, clips, eval_config)
-        tasks = how.extra_tasks.get(name, [])
-        for task in tasks:
+        asked = row.tasks and seed == row.seeds[0]
+        for task in how.extra_tasks.get(name, []) if asked else []:
             other = dataclasses.replace(eval_config, task=task)
             found = _measure_set(listener, shared, name, clips, other)
             sets[name].setdefault("tasks", {})[task] = {
@@ -90,6 +90,7 @@ def measure_run(
         "title": row.title.strip(),
         "seed": seed,
         **_origin(config, folder),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sets": sets,
     }
     if row.robustness and seed == row.seeds[0] and how.robustness is not None:

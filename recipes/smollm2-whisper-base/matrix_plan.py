@@ -31,6 +31,7 @@ class Row:
         scaling: Whether it is a point of the scaling curve.
         in_matrix: Whether it stands in the table of the matrix.
         robustness: Whether its first seed is measured under conditions.
+        tasks: Whether its first seed is asked the plan's extra tasks.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Row:
     scaling: bool = False
     in_matrix: bool = True
     robustness: bool = False
+    tasks: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,16 @@ def row_config(
     if steps is not None:
         pairs.append(f"optim.max_steps={steps}")
     return load_config(plan.base, pairs)
+
+
+def with_defaults(found: dict[str, Any], default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Settings of an earlier version, with the defaults of the fields that it did not know."""
+    filled = dict(as_dict(TrainConfig()) if default is None else default)
+    for key, value in found.items():
+        before = filled.get(key)
+        nested = isinstance(value, dict) and isinstance(before, dict)
+        filled[key] = with_defaults(value, before) if nested else value
+    return filled
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:

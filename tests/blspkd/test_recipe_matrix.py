@@ -72,7 +72,7 @@ def plan_file(tiny_parts, tiny_corpus, tmp_path_factory):
                 "seeds": [3],
                 "set": {"model.plora": {"r": 4, "lora_alpha": 400}, "model.plain_lora": True},
             },
-            "base": {"as_base": True, "robustness": True, "seeds": [0, 1], "set": {}},
+            "base": {"as_base": True, "robustness": True, "tasks": True, "seeds": [0, 1]},
         },
         "evaluate": {
             "max_new_tokens": 4,
@@ -143,7 +143,7 @@ def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, 
     code, output = command("--seed", "0", "--seed", "3")
     assert code == 0, output
     conv, plain, base = (result(plan_file, name) for name in ("conv-s0", "plain-s3", "base-s0"))
-    assert conv["row"], conv["title"] == ("conv", "CNN")
+    assert (conv["row"], conv["title"]) == ("conv", "CNN")
     for one in (conv, plain, base):
         assert (one["clips_seen"], one["train_clips"], one["steps"]) == (6, 4, 3)
         assert one["commit"]
@@ -159,10 +159,11 @@ def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, 
         mean = sum(part for part, _ in rouge) / len(rouge)
         assert clips["rows"]["speech"]["self_rouge_l"] == pytest.approx(mean, rel=1e-3)
         assert len(clips["cascade"]["self_bleu"][0]) == 10
-        assert "wer" in clips["tasks"]["asr"]["rows"]["text"]
 
+    assert "wer" in base["sets"]["unseen"]["tasks"]["asr"]["rows"]["text"]
     # an adapter without one output per token has no transcripts, and no KL on the input
     assert conv["sets"]["unseen"]["transcripts"] is None
+    assert "tasks" not in conv["sets"]["unseen"]
     assert "input_kl" not in conv["sets"]["unseen"]["figures"]
     assert "transcript_wer" in base["sets"]["unseen"]["speech"]
 
@@ -193,6 +194,7 @@ def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, 
     assert f"{rouge:.3f}" in document.split("| base | 1 |")[1].splitlines()[0]
     assert "base, seed 0, on 2 clips of *unseen*" in document
     assert "plain, seed 3" in document
+    assert "| base | unseen | asr | WER % |" in document
 
     times = {path: path.stat().st_mtime_ns for path in plan_file.parent.rglob("*.json")}
     code, output = command("--seed", "0", "--seed", "3")
@@ -235,3 +237,13 @@ def test_results_of_other_settings_are_refused(command, plan_file):
     """Needs the runs of the test before."""
     code, output = command("--only", "conv", "--steps", "5")
     assert (code, "other settings (optim.max_steps)" in output) == (1, True)
+
+
+def test_results_from_before_a_field_was_known_are_still_good(command, plan_file):
+    """Needs the runs of the tests before."""
+    path = plan_file.parent / "results" / "conv-s0.json"
+    found = json.loads(path.read_text())
+    del found["settings"]["model"]["plain_lora"], found["settings"]["losses"]["token"]
+    path.write_text(json.dumps(found))
+    code, output = command("--only", "conv")
+    assert (code, "done" in output) == (0, True), output

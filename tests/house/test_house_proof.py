@@ -69,6 +69,7 @@ def make(row, seed, *, rouge, aligned=True, plain=False, hours=1.0, robust=False
         "train_clips": int(1000 * hours),
         "train_hours": hours,
         "train_seconds": 600,
+        "trained_parameters": 12_345_678,
         "sets": {"sentences": one},
     }
     if robust:
@@ -118,7 +119,7 @@ def test_the_document_is_what_the_result_files_say():
 def test_without_results_it_says_so_and_nothing_else(folder):
     document = text(folder())
     assert document.count("not run") == 2  # the claims
-    assert document.count("Not run") == 6
+    assert document.count("Not run") == 7
     assert ".svg" not in document
     assert not re.search(r"\d\.\d\d", document.replace("2405.19041", ""))
     proof.write(folder(), folder() / "results.md", folder() / "plan.yaml")
@@ -142,6 +143,8 @@ def test_figures_stand_in_their_row_as_a_mean_over_seeds(folder):
     assert (cells["seeds"], cells["WER %"], cells["input KL"]) == ("1", "32.5", "0.750")
     assert cells["Self-BLEU"] == "100.0"
     assert row_of(document, "a dream")[1:3] == ["0", "not run"]
+    run = next(line for line in document.splitlines() if line.startswith("| [CNN + KL](./kl-"))
+    assert run.endswith("| 0 | 100 | 3,200 | 12.3 | 1.0 | 10 | an abacus, 0123456789 |")
     # a cascade of its own for the row whose language model changed
     assert row_of(document, r"*cascade*")[-2] == "0.900"
     assert row_of(document, r"*cascade* of plain LoRA")[-2] == "0.700"
