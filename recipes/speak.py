@@ -1,9 +1,9 @@
 """Speak a text: one sentence a line in, a synthetic speech corpus out.
 
 Sentences are cut into clauses of 3 to 15 words, each clause is spoken once by one of the given
-flite and espeak-ng voices (with a little variety in rate and pitch) and written as 16 kHz mono
-FLAC, beside three manifests: `train.jsonl`, `test-sentences.jsonl` (unseen sentences, voices of
-the training set) and `test-voice.jsonl` (the same unseen sentences, one unseen voice).
+flite, espeak-ng and Piper voices (with a little variety in rate and pitch) and written as 16 kHz
+mono FLAC, beside three manifests: `train.jsonl`, `test-sentences.jsonl` (unseen sentences, voices
+of the training set) and `test-voice.jsonl` (the same unseen sentences, one unseen voice).
 
     python recipes/speak.py sentences.txt corpus --clips 2000 --jobs 2
 
@@ -18,8 +18,6 @@ import json
 import os
 import random
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ import click
 import numpy as np
 import soundfile
 import soxr
+from voices import check_voices, synthesise
 
 SAMPLING_RATE = 16_000  # Hz, what Whisper hears
 MIN_WORDS, MAX_WORDS = 3, 15
@@ -44,9 +43,6 @@ DEFAULT_VOICES = (
     "espeak-ng:en-gb-x-rp+f4",
     "espeak-ng:en-gb+m3",
 )
-# Hz: the middle of the range in which a flite voice's pitch is varied (rms ignores the setting)
-FLITE_PITCH = {"slt": 172.0, "awb": 130.0, "kal": 95.0, "kal16": 95.0}
-ESPEAK_WORDS_PER_MINUTE = 165
 SPELLED_OUT = {"Mr": "Mister", "Mrs": "Missus", "Dr": "Doctor", "Gen": "General", "Maj": "Major"}
 # what these stand for depends on the sentence, so that voice and transcript might differ
 AMBIGUOUS = frozenset(
@@ -61,7 +57,7 @@ class Clip:
     Attributes:
         spoken: The clause as the synthesiser reads it (case kept: acronyms are spelled).
         text: The transcript: lower case, words and apostrophes only.
-        voice: `engine:name`.
+        voice: `engine:name`; see `voices.py`.
         rate: Speed relative to the voice's own (1.0: unchanged).
         pitch: Pitch relative to the voice's own.
     """
@@ -74,9 +70,10 @@ class Clip:
 
     @property
     def id(self) -> str:
-        """A name that is the same exactly when the sound is the same."""
-        what = f"{self.spoken}|{self.voice}|{self.rate}|{self.pitch}".encode()
-        voice = re.sub(r"[^A-Za-z0-9]+", "-", self.voice)
+        """A name that is the same exactly when what is said, by whom and how is the same."""
+        name = Path(self.voice).name  # a Piper voice sounds the same wherever its file lies
+        what = f"{self.spoken}|{name}|{self.rate}|{self.pitch}".encode()
+        voice = re.sub(r"[^A-Za-z0-9]+", "-", name)
         return f"{voice}-{hashlib.sha256(what).hexdigest()[:12]}"
 
     @property
@@ -182,28 +179,6 @@ def _cast(clauses: Sequence[tuple[str, str]], voices: Sequence[str], seed: int) 
     return clips
 
 
-def check_voices(voices: Sequence[str]) -> None:
-    """Raise a usage error for an engine that is not installed or a voice that it lacks."""
-    for voice in dict.fromkeys(voices):
-        engine, _, name = voice.partition(":")
-        if engine not in ("flite", "espeak-ng") or not name:
-            raise click.UsageError(
-                f"voice {voice!r}: expected 'flite:NAME' or 'espeak-ng:NAME[+VARIANT]'"
-            )
-        if shutil.which(engine) is None:
-            raise click.ClickException(
-                f"the program {engine!r} is not installed (needed for voice {voice!r}); on Debian "
-                f"and Ubuntu: apt-get install {engine}"
-            )
-        if engine == "flite":
-            listing = subprocess.run(["flite", "-lv"], capture_output=True, text=True, check=True)
-            known = listing.stdout.partition(":")[2].split()
-            if name not in known:
-                raise click.UsageError(f"voice {voice!r}: flite knows {', '.join(known)}")
-        elif subprocess.run(["espeak-ng", "-q", "-v", name, "a"], capture_output=True).returncode:
-            raise click.UsageError(f"voice {voice!r}: see `espeak-ng --voices=en` for the names")
-
-
 def speak(clip: Clip, root: Path) -> float:
     """Write one clip as 16 kHz mono FLAC unless it exists.
 
@@ -213,19 +188,9 @@ def speak(clip: Clip, root: Path) -> float:
     target = root / clip.path
     if target.exists():
         return float(soundfile.info(target).duration)
-    engine, _, name = clip.voice.partition(":")
     with tempfile.TemporaryDirectory() as scratch:
         wav = Path(scratch, "clip.wav")
-        if engine == "flite":
-            command = ["flite", "-voice", name, "--setf", f"duration_stretch={1 / clip.rate:.4f}"]
-            if name in FLITE_PITCH:
-                command += ["--setf", f"int_f0_target_mean={FLITE_PITCH[name] * clip.pitch:.2f}"]
-            command += ["-t", clip.spoken, "-o", str(wav)]
-        else:
-            speed, pitch = round(ESPEAK_WORDS_PER_MINUTE * clip.rate), round(50 * clip.pitch**3)
-            command = ["espeak-ng", "-v", name, "-s", str(speed), "-p", str(pitch), "-w", str(wav)]
-            command.append(clip.spoken)
-        subprocess.run(command, check=True, capture_output=True)
+        synthesise(clip.spoken, clip.voice, wav, rate=clip.rate, pitch=clip.pitch)
         samples, rate = soundfile.read(wav, dtype="float32", always_2d=True)
     mono = soxr.resample(samples.mean(axis=1), rate, SAMPLING_RATE)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +230,12 @@ def write_split(name: str, clips: Sequence[Clip], root: Path, *, jobs: int) -> N
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "texts",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--clips", default=2000, type=click.IntRange(1), help="Training clips.")
 @click.option("--test-clips", default=300, type=click.IntRange(0), help="Unseen sentences.")
@@ -279,14 +249,16 @@ def write_split(name: str, clips: Sequence[Clip], root: Path, *, jobs: int) -> N
 @click.option("--held-out-voice", default="flite:awb")
 @click.option("--seed", default=0)
 @click.option("--jobs", default=1, type=click.IntRange(1), help="Synthesisers at a time.")
-def main(text: Path, out: Path, voices: str, held_out_voice: str, jobs: int, **plan: int) -> None:
-    """Speak the sentences of TEXT (one a line) into the folder OUT."""
+def main(
+    texts: tuple[Path, ...], out: Path, voices: str, held_out_voice: str, jobs: int, **plan: int
+) -> None:
+    """Speak the sentences of all TEXTS (one a line) into the folder OUT."""
     cast = [voice.strip() for voice in voices.split(",") if voice.strip()]
     if held_out_voice in cast:
         raise click.UsageError(f"--held-out-voice {held_out_voice!r} is also one of --voices")
     check_voices([*cast, held_out_voice])
     splits = plan_corpus(
-        text.read_text(encoding="utf-8").splitlines(),
+        [line for text in texts for line in text.read_text(encoding="utf-8").splitlines()],
         voices=cast,
         held_out_voice=held_out_voice,
         **plan,

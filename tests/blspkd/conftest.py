@@ -166,6 +166,7 @@ def _save_encoder(folder: Path) -> None:
         eos_token_id=token("<|endoftext|>"),
         pad_token_id=token("<|endoftext|>"),
         max_length=32,
+        alignment_heads=[[0, 0], [0, 1]],
     )
     model.save_pretrained(folder)
 

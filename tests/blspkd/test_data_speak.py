@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import click
@@ -19,12 +20,14 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "speak.py"
 
 @pytest.fixture(scope="module")
 def speak():
+    sys.path.insert(0, str(RECIPE.parent))  # as python does for a script: voices.py lies there
     spec = importlib.util.spec_from_file_location("speak_recipe", RECIPE)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+    sys.path.remove(str(RECIPE.parent))
 
 
 def texts(speak, sentence):
@@ -109,11 +112,41 @@ def test_the_plan_depends_on_its_arguments_alone_and_grows(speak):
 
 
 def test_a_missing_synthesiser_names_its_package(speak, monkeypatch):
-    monkeypatch.setattr(speak.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(click.ClickException, match="apt-get install espeak-ng"):
         speak.check_voices(["espeak-ng:en-us"])
     with pytest.raises(click.UsageError, match="expected 'flite:NAME'"):
         speak.check_voices(["festival:kal"])
+
+
+def test_piper_speaks_at_the_rate_of_the_clip(speak, monkeypatch, tmp_path):
+    heard = []
+
+    class Voice:
+        @classmethod
+        def load(cls, model):
+            heard.append(model)
+            return cls()
+
+        def synthesize_wav(self, text, file, syn_config):
+            file.setparams((1, 2, 22_050, 0, "NONE", ""))
+            file.writeframes(b"\1\0" * int(22_050 * syn_config["length_scale"]))
+            heard.append(text)
+
+    piper = types.ModuleType("piper")
+    piper.PiperVoice, piper.SynthesisConfig = Voice, dict
+    piper.__spec__ = importlib.util.spec_from_loader("piper", None)
+    monkeypatch.setitem(sys.modules, "piper", piper)
+    model = tmp_path / "joe.onnx"
+    model.touch()
+    with pytest.raises(click.UsageError, match=r"no file .*joe\.onnx\.json"):
+        speak.check_voices([f"piper:{model}"])
+    Path(f"{model}.json").touch()
+    speak.check_voices([f"piper:{model}"])
+    clips = [speak.Clip(text, text, f"piper:{model}", 0.8, 1.0) for text in ("one two", "three")]
+    for clip in clips:
+        assert speak.speak(clip, tmp_path) == pytest.approx(1 / 0.8, abs=1e-3)
+    assert heard == [str(model), "one two", "three"]  # loaded once
 
 
 @pytest.mark.skipif(
@@ -121,11 +154,13 @@ def test_a_missing_synthesiser_names_its_package(speak, monkeypatch):
     reason="needs the programs flite and espeak-ng",
 )
 def test_a_corpus_is_spoken_and_resumed(speak, tmp_path):
-    text, out = tmp_path / "text.txt", tmp_path / "corpus"
-    text.write_text("".join(f"{a} dog ran to the {b} cats\n" for a in NAMES for b in NAMES))
+    text, more, out = tmp_path / "text.txt", tmp_path / "more.txt", tmp_path / "corpus"
+    lines = [f"{a} dog ran to the {b} cats\n" for a in NAMES for b in NAMES]
+    text.write_text("".join(lines[:6]))
+    more.write_text("".join(lines[6:]))
     sizes = ["--test-clips", "2", "--voice-clips", "2", "--held-out-sentences", "5"]
     voices = ["--voices", "flite:kal16,espeak-ng:en-us", "--held-out-voice", "espeak-ng:en-gb"]
-    command = [str(text), str(out), "--clips", "2", *sizes, *voices]
+    command = [str(text), str(more), str(out), "--clips", "2", *sizes, *voices]
     result = CliRunner().invoke(speak.main, command)
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]

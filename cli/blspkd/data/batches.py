@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from blspkd.model.passes import shared_prompt_length
 from blspkd.model.processing import BlspKDProcessor, Messages, TokenizedTurn, as_messages
 
+from .alignment_cache import AlignmentCache
 from .augment import Augmentation
 from .features import FeatureCache
 from .manifest import Record, read_manifest
@@ -36,11 +37,13 @@ class Clip:
         turn: the conversation as token ids.
         mel: (M, F) float32, or None.
         encoded: (T, D), or None.
+        token_ends: (N,), where each transcript token ends, in encoder frames, or None.
     """
 
     turn: TokenizedTurn
     mel: np.ndarray | None
     encoded: Tensor | None
+    token_ends: Tensor | None = None
 
 
 class ClipDataset(Dataset[Clip]):
@@ -53,6 +56,7 @@ class ClipDataset(Dataset[Clip]):
         cache: encoder outputs made beforehand; without it, each item carries mel features.
         hear: how the clips sound, as (S,) float32 at 16 kHz; by default as they were recorded.
         augmentation: what is done to the clips in each epoch.
+        alignments: where the tokens end, made beforehand from what ``cache`` holds.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class ClipDataset(Dataset[Clip]):
         cache: FeatureCache | None = None,
         hear: Callable[[Record], np.ndarray] | None = None,
         augmentation: Augmentation | None = None,
+        alignments: AlignmentCache | None = None,
     ) -> None:
         if cache is not None and hear is not None:
             raise ValueError("the cache holds clips as they were recorded: give no `hear` with it")
@@ -75,6 +80,7 @@ class ClipDataset(Dataset[Clip]):
         self.cache = cache
         self.hear = hear
         self.augmentation = augmentation
+        self.alignments = alignments
 
     def __len__(self) -> int:
         """How many clips."""
@@ -92,10 +98,12 @@ class ClipDataset(Dataset[Clip]):
         )
         augmentation = self.augmentation
         if self.cache is not None:
-            if augmentation is None:
-                return Clip(turn, None, self.cache.load(record))
-            encoded = self.cache.load(record, augmentation.copy(record, epoch))
-            return Clip(turn, None, augmentation.mask_encoded(encoded, record, epoch))
+            copy = 0 if augmentation is None else augmentation.copy(record, epoch)
+            encoded = self.cache.load(record, copy)
+            ends = None if self.alignments is None else self.alignments.load(record, copy)
+            if augmentation is not None:
+                encoded = augmentation.mask_encoded(encoded, record, epoch)
+            return Clip(turn, None, encoded, ends)
         if augmentation is not None:
             mel = self.processor.features(augmentation.waveform(record, epoch))
             return Clip(turn, augmentation.mask_mel(mel, record, epoch), None)
@@ -196,6 +204,9 @@ class Collator:
         if mels:
             return {**batch, **self.processor.pad_features(mels, full_window=self.full_window)}
         encoded = [clip.encoded for clip in clips if clip.encoded is not None]
+        ends = [clip.token_ends for clip in clips if clip.token_ends is not None]
+        if ends:
+            batch["token_ends"] = torch.nn.utils.rnn.pad_sequence(ends, batch_first=True)
         return {**batch, **pad_encoded(encoded)}
 
 

@@ -70,6 +70,11 @@ class FeatureCache:
         """(T, D) float16, as :meth:`fill` left it."""
         return load_file(self.path(record, copy))["encoded"]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder runs."""
+        return self.model.embedding_weight().device
+
     def features(self, record: Record, copy: int = 0) -> np.ndarray:
         """(M, F) float32 mel features of a copy, from its audio file."""
         if copy == 0:
@@ -109,7 +114,7 @@ class FeatureCache:
             if not self.path(record, copy).exists()
         ]
         missing.sort(key=lambda item: item[0].duration or 0.0)
-        device = self.model.embedding_weight().device
+        device = self.device
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
             mels = [self.features(record, copy) for record, copy in part]

@@ -12,6 +12,7 @@ from .layer_losses import layer_hidden_loss, layer_kl_loss
 from .objective import (
     Objective,
     Pass,
+    alignment_loss,
     kl_loss,
     paired,
     quantity_loss,
@@ -48,6 +49,7 @@ def loss_sums(
     token_ids: Tensor,
     speech_mask: Tensor,
     free_running: Tensor | None,
+    token_ends: Tensor | None,
     embedding_weight: Tensor,
     head_weight: Tensor,
     token_scale: float,
@@ -60,6 +62,7 @@ def loss_sums(
         token_ids: (B, L) int64, the text.
         speech_mask: (B, L) bool, True on the transcript.
         free_running: (B,) bool, rows whose speech is not cut at the text's length, or None.
+        token_ends: (B, N), where each text token ends, in encoder frames, or None.
         embedding_weight: (V, H), the language model's input embeddings.
         head_weight: (V, H), its head.
         token_scale: factor on cosines in the token loss.
@@ -102,4 +105,20 @@ def loss_sums(
             sums["layer_kl"] = layer_kl_loss(student, teacher, head_weight, objective)
     if weights.quantity > 0 and adapter.alpha_sum is not None:
         sums["quantity"] = quantity_loss(adapter.alpha_sum, speech_mask.sum(dim=1))
+    if weights.alignment > 0:
+        sums["alignment"] = _alignment_sum(adapter, token_ends, speech_mask.sum(dim=1))
     return sums
+
+
+def _alignment_sum(
+    adapter: AdapterOutput, token_ends: Tensor | None, token_counts: Tensor
+) -> Tensor:
+    if adapter.alphas is None:
+        raise ValueError(
+            "the alignment loss needs the weights of a CIF, which this adapter has none of: set "
+            "losses.alignment to 0, or adapter_type to cformer"
+        )
+    if token_ends is None:
+        raise ValueError("the alignment loss needs token_ends, where each text token ends")
+    ends = token_ends / adapter.frames_per_alpha
+    return alignment_loss(adapter.alphas, ends, token_counts, adapter.threshold)

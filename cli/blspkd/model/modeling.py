@@ -50,6 +50,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
         num_items: dict[str, Tensor] | None = None,
         prompt_length: int = 0,
         free_running: Tensor | None = None,
+        token_ends: Tensor | None = None,
     ) -> BlspKDOutput:
         """Read the same utterances as speech and as text, and compare.
 
@@ -69,6 +70,8 @@ class BlspKDForConditionalGeneration(AssembledModel):
                 read once for all rows and both passes, which then begin after them.
             free_running: (B,) bool, rows whose speech a CFormer cuts at its predicted length, as in
                 inference. The losses that pair speech with text tokens leave them out.
+            token_ends: (B, N) float32, where each transcript token ends, in encoder frames, for the
+                alignment loss.
         """
         attention_mask, speech_mask = attention_mask.bool(), speech_mask.bool()
         if self.config.plain_lora:
@@ -112,6 +115,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
             token_ids=input_ids,
             speech_mask=speech_mask,
             free_running=free_running,
+            token_ends=token_ends,
             embedding_weight=self.embedding_weight(),
             head_weight=self.head_weight(),
             token_scale=self.config.token_scale,

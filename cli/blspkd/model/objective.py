@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_losses import cif_quantity_loss, linear_cross_entropy, linear_kl_div, response_mask
+from kd_losses import (
+    cif_alignment_loss,
+    cif_quantity_loss,
+    linear_cross_entropy,
+    linear_kl_div,
+    response_mask,
+)
 
 from .passes import Depth, Reading
 
@@ -25,6 +31,7 @@ LOSS_NAMES = (
     "layer_hidden",
     "layer_kl",
     "quantity",
+    "alignment",
 )
 
 
@@ -42,6 +49,8 @@ class LossWeights:
             after one layer of the language model.
         layer_kl: KL as in ``input_kl``, but between what the head reads from that layer.
         quantity: |sum of CIF weights / number of text tokens - 1|.
+        alignment: |CIF weight in a token's stretch of the clip - 1|, by an alignment made
+            beforehand (not in the paper).
     """
 
     token: float = 0.0
@@ -51,6 +60,7 @@ class LossWeights:
     layer_hidden: float = 0.0
     layer_kl: float = 0.0
     quantity: float = 1.0
+    alignment: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse weights that are negative or no number."""
@@ -122,6 +132,7 @@ def loss_items(
         "layer_hidden": tokens,
         "layer_kl": tokens,
         "quantity": clips,
+        "alignment": speech_mask.sum(),
     }
 
 
@@ -244,3 +255,12 @@ def response_ce_loss(student: Pass, head: Tensor) -> Tensor:
 def quantity_loss(alpha_sum: Tensor, token_counts: Tensor) -> Tensor:
     """Summed |sum(alpha) / N - 1| over the clips (arXiv 1905.11235, eq. 6, made relative)."""
     return cif_quantity_loss(alpha_sum, token_counts, reduction="sum")
+
+
+def alignment_loss(
+    alphas: Tensor, token_ends: Tensor, token_counts: Tensor, threshold: float
+) -> Tensor:
+    """Summed |CIF weight in a token's stretch of the clip / threshold - 1| over the tokens."""
+    return cif_alignment_loss(
+        alphas, token_ends, token_counts, threshold=threshold, reduction="sum"
+    )

@@ -137,6 +137,26 @@ class BlspKDProcessor(ProcessorMixin):
             labels=[IGNORE_INDEX] * prompt_length + answer,
         )
 
+    def transcript_ends(self, messages: Messages, transcript: str) -> list[int]:
+        """Where each token of a transcript ends, in characters of the stripped transcript.
+
+        Raises:
+            ValueError: if the tokenizer cannot tell, for want of a fast implementation.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} does not tell where its tokens end in a text; "
+                "alignment needs a fast tokenizer"
+            )
+        _, lead, _ = self._prompt_pieces(messages)
+        encoded = self.tokenizer(
+            lead + transcript.strip(),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        )
+        return [max(0, end - len(lead)) for _, end in encoded["offset_mapping"]]
+
     def pad_turns(
         self, turns: Sequence[TokenizedTurn], *, padding_side: Literal["left", "right"] = "right"
     ) -> dict[str, Tensor]:

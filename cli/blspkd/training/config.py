@@ -101,6 +101,8 @@ class LossesSection:
         layer_kl: KL after each token of the utterance, read by the head from ``layer``. Where
             no other loss of the language model counts, no layer after ``layer`` is run.
         quantity: CIF's token count.
+        alignment: CIF's weight in each token's stretch of the clip, by the alignment that the
+            encoder's own Whisper decoder gives; needs data.cache_features.
         temperature: of both distributions in the KL losses (2 in the authors' code).
         scale_by_temperature_squared: multiply the KL losses by the temperature squared.
         layer: of the language model, from 1, which layer_hidden and layer_kl look at.
@@ -117,6 +119,7 @@ class LossesSection:
     layer_hidden: LossSection = field(default_factory=LossSection)
     layer_kl: LossSection = field(default_factory=LossSection)
     quantity: LossSection = field(default_factory=lambda: LossSection(weight=1.0))
+    alignment: LossSection = field(default_factory=LossSection)
     temperature: float = 2.0
     scale_by_temperature_squared: bool = False
     layer: int = 1

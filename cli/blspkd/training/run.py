@@ -7,12 +7,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, set_seed
 
+from blspkd.data.alignment import CrossAttentionAligner
+from blspkd.data.alignment_cache import AlignmentCache
 from blspkd.data.augment import Augmentation
 from blspkd.data.batches import ClipDataset, Collator
 from blspkd.data.features import FeatureCache
@@ -95,20 +98,18 @@ def train(
     if config.data.cache_features:
         with process.main_process_first():
             cache = _filled_cache(config, folder, model, processor, clips, augmentation, say)
+    alignments = None
+    if config.losses.alignment.weight > 0:
+        with process.main_process_first():
+            alignments = _filled_alignments(config, cache, processor, clips, say)
     collator = Collator(
         processor,
         full_window=config.model.full_window,
         share_prompt=config.optim.share_prompt and not config.optim.gradient_checkpointing,
     )
 
-    def dataset(records: list[Record], augmentation: Augmentation | None = None) -> ClipDataset:
-        return ClipDataset(
-            records,
-            processor,
-            prompt=config.model.prompt,
-            cache=cache,
-            augmentation=augmentation,
-        )
+    def dataset(records: list[Record], **training: Any) -> ClipDataset:
+        return ClipDataset(records, processor, prompt=config.model.prompt, cache=cache, **training)
 
     held_out = HeldOut(
         {name: dataset(records) for name, records in clips.held_out.items()},
@@ -123,7 +124,7 @@ def train(
         held_out.measure,
         model=model,
         args=training_arguments(config, folder),
-        train_dataset=dataset(clips.train, augmentation),
+        train_dataset=dataset(clips.train, augmentation=augmentation, alignments=alignments),
         # its own evaluate() does not read it, but Trainer will not evaluate without one
         eval_dataset=next(iter(held_out.sets.values()), None),
         data_collator=collator,
@@ -167,6 +168,35 @@ def _filled_cache(
     held_out = [record for records in clips.held_out.values() for record in records]
     cache.fill(held_out, progress=progress)
     return cache
+
+
+def _filled_alignments(
+    config: TrainConfig,
+    cache: FeatureCache | None,
+    processor: BlspKDProcessor,
+    clips: Clips,
+    say: Say,
+) -> AlignmentCache:
+    """Where the tokens of every training clip, and of its augmented copies, end."""
+    if cache is None:
+        raise ValueError(
+            "losses.alignment needs the frozen encoder's outputs on disk: set "
+            "data.cache_features=true"
+        )
+    alignments = AlignmentCache(cache, processor, prompt=config.model.prompt)
+
+    def load_aligner() -> CrossAttentionAligner:
+        return CrossAttentionAligner.load(
+            config.model.encoder, dtype=torch.float32, device=cache.device
+        )
+
+    def progress(done: int, total: int) -> None:
+        if done == total or done % 512 == 0:
+            say(f"aligned {done}/{total} clips")
+
+    copies = 0 if cache.augmenter is None else config.data.augment.copies
+    alignments.fill(clips.train, load_aligner, copies=copies, progress=progress)
+    return alignments
 
 
 def _figures_before(

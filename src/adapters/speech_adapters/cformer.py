@@ -161,6 +161,8 @@ class CFormer(nn.Module):
             # The last stacked frame may be part padding; no token ends after the clip.
             fire_times=(fired.fire_times * self.config.frame_stacking).minimum(real_frames),
             alphas=fired.alphas,
+            frames_per_alpha=self.config.frame_stacking,
+            threshold=self.config.threshold,
         )
 
     def _stack(self, frames: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

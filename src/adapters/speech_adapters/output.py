@@ -21,7 +21,9 @@ class AdapterOutput:
             in tokens; differentiable; None where the adapter has no CIF.
         fire_times: (B, N) float32, where each token ends, in frames of the adapter's *input*;
             None where the adapter has no CIF.
-        alphas: (B, S) float32, the CIF weight of each (stacked) frame; None likewise.
+        alphas: (B, S) float32, the unscaled CIF weight of each (stacked) frame; None likewise.
+        frames_per_alpha: how many input frames are stacked into one of ``alphas``.
+        threshold: CIF's: how much weight makes a token.
     """
 
     hidden_states: Tensor
@@ -29,3 +31,5 @@ class AdapterOutput:
     alpha_sum: Tensor | None = None
     fire_times: Tensor | None = None
     alphas: Tensor | None = None
+    frames_per_alpha: int = 1
+    threshold: float = 1.0
