@@ -131,18 +131,20 @@ def plan_corpus(
     voices: Sequence[str],
     held_out_voice: str,
     seed: int,
+    more: Sequence[str] = (),
 ) -> dict[str, list[Clip]]:
     """Decide every clip of the three splits; the same arguments give the same plan.
 
     Returns:
         Clips by split. No clause of a held-out sentence is in `train`, no clause occurs twice
-        in a split, and both test splits draw on the same sentences.
+        in a split, and both test splits draw on the same sentences. `more` sentences are only ever
+        trained on.
     """
     unique = list(dict.fromkeys(" ".join(line.split()) for line in sentences if line.strip()))
     random.Random(seed).shuffle(unique)
     held_out = _unique_clauses(unique[:held_out_sentences], taken=set())
     taken = {text for _, text in held_out}
-    train = _unique_clauses(unique[held_out_sentences:], taken=taken)
+    train = _unique_clauses([*unique[held_out_sentences:], *more], taken=taken)
     random.Random(seed + 1).shuffle(held_out)
     random.Random(seed + 2).shuffle(train)
     wanted = {"train": clips, "test-sentences": test_clips, "test-voice": voice_clips}
@@ -252,13 +254,20 @@ def write_split(name: str, clips: Sequence[Clip], root: Path, *, jobs: int) -> N
 def main(
     texts: tuple[Path, ...], out: Path, voices: str, held_out_voice: str, jobs: int, **plan: int
 ) -> None:
-    """Speak the sentences of all TEXTS (one a line) into the folder OUT."""
+    """Speak the sentences of all TEXTS (one a line) into the folder OUT.
+
+    What is held out is taken from the first of them, so that the test sets stay the same whatever
+    text is added to the training.
+    """
     cast = [voice.strip() for voice in voices.split(",") if voice.strip()]
     if held_out_voice in cast:
         raise click.UsageError(f"--held-out-voice {held_out_voice!r} is also one of --voices")
     check_voices([*cast, held_out_voice])
+    first, *others = (text.read_text(encoding="utf-8").splitlines() for text in texts)
+    more = [line for lines in others for line in lines]
     splits = plan_corpus(
-        [line for text in texts for line in text.read_text(encoding="utf-8").splitlines()],
+        first,
+        more=more,
         voices=cast,
         held_out_voice=held_out_voice,
         **plan,

@@ -85,6 +85,17 @@ def plan(speak, **changes):
     return speak.plan_corpus(lines, **{**options, **changes})
 
 
+def test_more_text_is_trained_on_and_leaves_the_test_sets_alone(speak):
+    alone = plan(speak)
+    more = ["otters build their dams at night", *(clip.spoken for clip in alone["test-voice"])]
+    both = plan(speak, more=more, clips=46)
+    for split in ("test-sentences", "test-voice"):
+        assert both[split] == alone[split]
+    trained = {clip.text for clip in both["train"]}
+    assert "otters build their dams at night" in trained
+    assert not trained & {clip.text for clip in both["test-sentences"]}
+
+
 NAMES = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
