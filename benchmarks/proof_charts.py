@@ -52,7 +52,7 @@ def draw_matrix(matrix: Matrix, path: Path | None) -> bool:
     from matplotlib.figure import Figure
 
     with _fonts(path):
-        figure = Figure(figsize=(10, 0.8 + 0.42 * len(shown)), layout="constrained")
+        figure = Figure(figsize=(10, 1.2 + 0.42 * len(shown)), layout="constrained")
         axes_of = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axes, (metric, by_set) in zip(axes_of, panels.items(), strict=True):
             for number, (name, gaps) in enumerate(by_set.items()):
@@ -69,7 +69,8 @@ def draw_matrix(matrix: Matrix, path: Path | None) -> bool:
             axes.grid(axis="x", linewidth=0.3)
         axes_of[0].set_yticks(range(len(shown)), [matrix.titles.get(r, r) for r in shown])
         axes_of[0].invert_yaxis()
-        axes_of[0].legend(loc="best")
+        marks = axes_of[0].get_legend_handles_labels()
+        figure.legend(*marks, loc="outside lower center", ncols=len(marks[1]), frameon=False)
         _save(figure, path)
     return True
 
