@@ -269,6 +269,7 @@ def first_values(dataset, sampler, workers):
     return [(clip.turn.input_ids, clip.mel) for batch in loader for clip in batch]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
 def test_workers_and_epochs(records, processor):
     augmentation = Augmentation(EVERYTHING, records, seed=0)
     dataset = ClipDataset(records, processor, prompt="{speech}", augmentation=augmentation)

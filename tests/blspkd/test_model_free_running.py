@@ -9,7 +9,8 @@ from blspkd.model.loading import load_model
 from blspkd.model.objective import LossWeights, Objective, loss_items
 
 FREE = torch.tensor([True, False, True, False])
-NOTHING = dict.fromkeys(LossWeights.__dataclass_fields__, 0.0)
+# all losses but the one that needs to be told where the tokens end
+EVERY = dict.fromkeys(LossWeights.__dataclass_fields__.keys() - {"alignment"}, 1.0)
 PAIRING = ("token", "input_kl", "layer_hidden", "layer_kl")
 
 
@@ -21,7 +22,7 @@ def model_and_clips(tiny_model, tiny_corpus):
 
 
 def _losses(model, batch, **options):
-    objective = Objective(LossWeights(**dict.fromkeys(NOTHING, 1.0)), temperature=2.0)
+    objective = Objective(LossWeights(**EVERY), temperature=2.0)
     with torch.no_grad():
         return model(**batch, objective=objective, **options).losses
 
@@ -87,7 +88,7 @@ def test_a_free_running_clip_is_read_as_in_inference(model_and_clips):
 def test_where_every_clip_is_free_running_what_pairs_tokens_is_zero(model_and_clips):
     model, collate, clips = model_and_clips
     model.train()
-    objective = Objective(LossWeights(**dict.fromkeys(NOTHING, 1.0)))
+    objective = Objective(LossWeights(**EVERY))
     output = model(**collate(clips), objective=objective, free_running=torch.ones(4).bool())
     assert {name: float(output.losses[name]) for name in PAIRING} == dict.fromkeys(PAIRING, 0.0)
     output.loss.backward()
