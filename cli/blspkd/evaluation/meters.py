@@ -173,8 +173,8 @@ def _add_tokens(
 
 
 def nearest_tokens(model: BlspKDForConditionalGeneration, vectors: Tensor) -> Tensor:
-    """The token whose input embedding is nearest by cosine. vectors (n, H) to (n,) int64."""
-    keys = F.normalize(model.embedding_weight().float(), dim=-1)
+    """The token whose key is nearest by cosine. vectors (n, H + W) to (n,) int64."""
+    keys = model.token_keys().float()
     parts = [(part.float() @ keys.T).argmax(dim=-1) for part in vectors.split(CHUNK)]
     return torch.cat(parts) if parts else vectors.new_zeros(0, dtype=torch.long)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -18,7 +20,8 @@ def build_adapter(
 ) -> CFormer | ConvSubsampler:
     """A fresh adapter of the configured type.
 
-    Its outputs start with the root mean square of the language model's embeddings.
+    Its outputs start with the root mean square of the language model's embeddings, and are as wide
+    as these and a spelling code together.
 
     Args:
         config: names the type and its options.
@@ -30,7 +33,7 @@ def build_adapter(
     """
     sizes: dict[str, Any] = {
         "input_size": encoder_width,
-        "output_size": embedding_weight.shape[1],
+        "output_size": embedding_weight.shape[1] + config.token_spelling,
         "output_rms": float(embedding_weight.float().pow(2).mean().sqrt()),
     }
     options = {**sizes, **config.adapter}
@@ -52,11 +55,30 @@ def build_adapter(
     return adapter
 
 
-def soft_embeddings(vectors: Tensor, embedding_weight: Tensor, scale: float) -> Tensor:
+def token_keys(embedding_weight: Tensor, spelling: Tensor | None = None) -> Tensor:
+    """What an adapter output is compared with, by cosine, to tell which token it is.
+
+    Args:
+        embedding_weight: (V, H), the text embeddings.
+        spelling: (V, W) unit rows, or None. They count as much as the embeddings.
+
+    Returns:
+        (V, H + W) float32 unit rows: each token's embedding, its spelling beside it.
+    """
+    keys = F.normalize(embedding_weight.float(), dim=-1)
+    if spelling is None:
+        return keys
+    return torch.cat([keys, spelling.float()], dim=-1) / math.sqrt(2)
+
+
+def soft_embeddings(
+    vectors: Tensor, keys: Tensor, embedding_weight: Tensor, scale: float
+) -> Tensor:
     """Means of the text embeddings, weighted by the softmax of scaled cosines.
 
     Args:
-        vectors: (B, N, H), any floating dtype.
+        vectors: (B, N, H + W), any floating dtype.
+        keys: (V, H + W), see :func:`token_keys`.
         embedding_weight: (V, H).
         scale: factor on the cosines.
 
@@ -65,8 +87,7 @@ def soft_embeddings(vectors: Tensor, embedding_weight: Tensor, scale: float) -> 
     """
     dtype = embedding_weight.dtype
     queries = F.normalize(vectors.float(), dim=-1).to(dtype)
-    keys = F.normalize(embedding_weight.float(), dim=-1).to(dtype)
-    share = (F.linear(queries, keys).float() * scale).softmax(dim=-1)
+    share = (F.linear(queries, keys.to(dtype)).float() * scale).softmax(dim=-1)
     return share.to(dtype) @ embedding_weight
 
 

@@ -18,7 +18,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from plora import PLoRAConfig, apply_plora, plora_disabled, plora_mask
 from speech_adapters import AdapterOutput
 
-from .adapting import build_adapter, check_head, soft_embeddings
+from .adapting import build_adapter, check_head, soft_embeddings, token_keys
 from .configuration import BlspKDConfig
 from .encoder import SpeechEncoder
 from .parts import Part, part_of
@@ -58,6 +58,11 @@ class AssembledModel(PartsModel):
             encoder_width=encoder.config.d_model,
             embedding_weight=self.embedding_weight(),
         )
+        self.register_buffer("spelling", None)
+        if config.token_spelling:
+            self.spelling = self.embedding_weight().new_zeros(
+                (len(self.embedding_weight()), config.token_spelling), dtype=torch.bfloat16
+            )
         if config.plora is not None:
             apply_plora(language_model, PLoRAConfig.from_dict(config.plora))
         # fixed now: what is frozen for a while still belongs to a checkpoint
@@ -103,6 +108,14 @@ class AssembledModel(PartsModel):
         embeddings: Any = self.language_model.get_input_embeddings()
         weight: Tensor = embeddings.weight
         return weight
+
+    def token_keys(self) -> Tensor:
+        """(V, H + W), unit rows in the embeddings' dtype, that adapter outputs are compared with.
+
+        W is ``config.token_spelling``: without it, these are the embeddings' directions.
+        """
+        weight = self.embedding_weight()
+        return token_keys(weight, self.spelling).to(weight.dtype)
 
     def head_weight(self) -> Tensor:
         """(V, H), the language model's head."""
@@ -154,10 +167,11 @@ class AssembledModel(PartsModel):
         return out
 
     def readable(self, vectors: Tensor) -> Tensor:
-        """What the language model reads in place of adapter outputs (B, N, H): same shape."""
+        """What the language model reads in place of adapter outputs: (B, N, H + W) to (B, N, H)."""
+        weight = self.embedding_weight()
         if self.config.speech_embedding == "direct":
-            return vectors
-        return soft_embeddings(vectors, self.embedding_weight(), self.config.token_scale)
+            return vectors[..., : weight.shape[1]]
+        return soft_embeddings(vectors, self.token_keys(), weight, self.config.token_scale)
 
     def plora_on(self, speech_mask: Tensor | None) -> AbstractContextManager[Any]:
         """PLoRA on these positions (B, S), or nowhere; on all of them with ``plain_lora``."""

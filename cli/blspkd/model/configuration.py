@@ -33,8 +33,11 @@ class BlspKDConfig(PreTrainedConfig):
         speech_embedding: "direct": the adapter's outputs are what the language model reads (the
             paper). "soft": they are scores over the vocabulary, and the language model reads the
             mean of its own embeddings under their softmax.
-        token_scale: factor on the cosine between an adapter output and a token's embedding, for
-            the soft embedding and the token loss.
+        token_scale: factor on the cosine between an adapter output and a token's key, for the
+            soft embedding and the token loss.
+        token_spelling: width of the spelling code that stands beside each token's embedding in its
+            key, and in the adapter's outputs; 0 for none. See
+            :func:`blspkd.model.spelling.spelling_codes`.
         prompt: what the user turn says; ``{speech}`` stands where the speech goes.
     """
 
@@ -55,6 +58,7 @@ class BlspKDConfig(PreTrainedConfig):
         full_window: bool = False,
         speech_embedding: SpeechEmbedding = "direct",
         token_scale: float = 30.0,
+        token_spelling: int = 0,
         prompt: str = DEFAULT_PROMPT,
         **kwargs: Any,
     ) -> None:
@@ -70,6 +74,13 @@ class BlspKDConfig(PreTrainedConfig):
             raise ValueError("plain_lora says where plora acts: give plora's options, not null")
         if token_scale <= 0:
             raise ValueError(f"token_scale must be positive, got {token_scale}")
+        if token_spelling < 0:
+            raise ValueError(f"token_spelling must be 0 or more, got {token_spelling}")
+        if token_spelling and adapter_type != "cformer":
+            raise ValueError(
+                "token_spelling needs an adapter that makes one output per text token: set it to "
+                "0, or adapter_type to cformer"
+            )
         self.encoder = encoder
         self.language_model = language_model
         self.encoder_fingerprint = encoder_fingerprint
@@ -82,5 +93,6 @@ class BlspKDConfig(PreTrainedConfig):
         self.full_window = full_window
         self.speech_embedding = speech_embedding
         self.token_scale = token_scale
+        self.token_spelling = token_spelling
         self.prompt = prompt
         super().__init__(**kwargs)

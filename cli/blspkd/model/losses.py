@@ -29,7 +29,7 @@ class BlspKDOutput:
         loss: scalar, the weighted sum of ``losses``; None without loss weights.
         losses: each active loss, averaged over its items, detached.
         adapter: what the adapter made of the speech.
-        speech_vectors: (B, N, H), the adapter's outputs before any soft embedding.
+        speech_vectors: (B, N, W), the adapter's outputs before any soft embedding.
         student: the pass that read speech; None if no active loss needs it.
         teacher: the pass that read text, without gradients; None likewise.
     """
@@ -50,7 +50,7 @@ def loss_sums(
     speech_mask: Tensor,
     free_running: Tensor | None,
     token_ends: Tensor | None,
-    embedding_weight: Tensor,
+    token_keys: Tensor | None,
     head_weight: Tensor,
     token_scale: float,
 ) -> dict[str, Tensor]:
@@ -63,7 +63,8 @@ def loss_sums(
         speech_mask: (B, L) bool, True on the transcript.
         free_running: (B,) bool, rows whose speech is not cut at the text's length, or None.
         token_ends: (B, N), where each text token ends, in encoder frames, or None.
-        embedding_weight: (V, H), the language model's input embeddings.
+        token_keys: (V, W), what the token loss compares (n, W) speech vectors with; None where
+            that loss does not count.
         head_weight: (V, H), its head.
         token_scale: factor on cosines in the token loss.
 
@@ -79,10 +80,11 @@ def loss_sums(
             "this adapter does not give: set their weights to 0, or adapter_type to cformer"
         )
     if weights.token > 0:
+        assert token_keys is not None
         sums["token"] = token_loss(
             output.speech_vectors[paired(adapter.attention_mask, free_running)],
             token_ids[paired(speech_mask, free_running)],
-            embedding_weight,
+            token_keys,
             token_scale,
         )
     if weights.input_kl > 0:

@@ -116,7 +116,7 @@ class BlspKDForConditionalGeneration(AssembledModel):
             speech_mask=speech_mask,
             free_running=free_running,
             token_ends=token_ends,
-            embedding_weight=self.embedding_weight(),
+            token_keys=self.token_keys() if objective.weights.token > 0 else None,
             head_weight=self.head_weight(),
             token_scale=self.config.token_scale,
         )

@@ -199,22 +199,19 @@ class Pass:
         return cls(reading.last, speech_mask, labels, reading.layer_output, reading.layer_readout)
 
 
-def token_loss(
-    speech_vectors: Tensor, token_ids: Tensor, embedding_weight: Tensor, scale: float
-) -> Tensor:
+def token_loss(speech_vectors: Tensor, token_ids: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Summed cross entropy of each speech vector against its token, by scaled cosine.
 
     Args:
-        speech_vectors: (n, H).
+        speech_vectors: (n, W).
         token_ids: (n,) int64.
-        embedding_weight: (V, H), frozen.
+        keys: (V, W) unit rows, frozen; the products are computed in their dtype.
         scale: factor on the cosine.
     """
     queries = F.normalize(speech_vectors.float(), dim=-1) * scale
-    keys = F.normalize(embedding_weight.float(), dim=-1)
     return linear_cross_entropy(
-        queries.to(embedding_weight.dtype),
-        keys.to(embedding_weight.dtype),
+        queries.to(keys.dtype),
+        keys,
         token_ids,
         reduction="sum",
     )

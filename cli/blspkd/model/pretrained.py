@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .bases import fingerprint, load_encoder, load_language_model
+from .bases import fingerprint, load_encoder, load_language_model, load_tokenizer
 from .configuration import BlspKDConfig
+from .spelling import spelling_codes
 
 WEIGHTS_NAME = "model.safetensors"
 Model = TypeVar("Model", bound="PartsModel")
@@ -28,6 +29,7 @@ class PartsModel(PreTrainedModel):
 
     config_class = BlspKDConfig
     trainable: frozenset[str] = frozenset()
+    spelling: Tensor | None
 
     @classmethod
     def from_parts(
@@ -47,25 +49,14 @@ class PartsModel(PreTrainedModel):
             dtype: of the frozen parts. Adapter, PLoRA and a trained encoder are float32.
             trust_remote_code: run code that the language model's checkpoint brings along.
         """
-        encoder = load_encoder(
-            config.encoder, dtype=torch.float32 if config.train_encoder else dtype
-        )
-        language_model = load_language_model(
-            config.language_model, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        for part, module, name in (
-            ("encoder", encoder, config.encoder),
-            ("language_model", language_model, config.language_model),
-        ):
-            found = fingerprint(module)
-            expected = getattr(config, f"{part}_fingerprint")
-            if expected is not None and expected != found:
-                raise ValueError(
-                    f"this checkpoint was trained on another {part}: expected weights {expected}, "
-                    f"{name!r} has {found}; give the path of the right one"
-                )
-            setattr(config, f"{part}_fingerprint", found)
-        return cls(config, encoder, language_model)
+        model = cls._around_parts(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if model.spelling is not None:
+            tokenizer = load_tokenizer(config.language_model, trust_remote_code=trust_remote_code)
+            # embeddings without a token, which some language models have, are spelled like nothing
+            ids = range(min(len(tokenizer), len(model.spelling)))
+            tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(list(ids))]
+            model.spelling[: len(tokens)] = spelling_codes(tokens, config.token_spelling)
+        return model
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # fewer options: the parts load themselves
@@ -99,7 +90,7 @@ class PartsModel(PreTrainedModel):
         config.language_model = language_model or config.language_model
         with safe_open(weights, framework="pt") as archive:
             stored = set(archive.keys())
-        model = cls.from_parts(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = cls._around_parts(config, dtype=dtype, trust_remote_code=trust_remote_code)
         expected = model.trained_names()
         if stored != expected:
             missing, unknown = sorted(expected - stored), sorted(stored - expected)
@@ -150,8 +141,8 @@ class PartsModel(PreTrainedModel):
         return sorted({"plora" if ".lora_" in name else name.split(".")[0] for name in missing})
 
     def trained_names(self) -> set[str]:
-        """Names of the parameters that belong to a checkpoint: all that are ever trained."""
-        return set(self.trainable)
+        """Names of the tensors of a checkpoint: all that are ever trained, and spelling codes."""
+        return set(self.trainable) | ({"spelling"} if self.spelling is not None else set())
 
     def save_pretrained(  # type: ignore[override]  # the rest goes through **kwargs
         self,
@@ -173,3 +164,31 @@ class PartsModel(PreTrainedModel):
         super().save_pretrained(
             save_directory, is_main_process=is_main_process, state_dict=trained, **kwargs
         )
+
+    @classmethod
+    def _around_parts(
+        cls: type[Model],
+        config: BlspKDConfig,
+        *,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
+    ) -> Model:
+        encoder = load_encoder(
+            config.encoder, dtype=torch.float32 if config.train_encoder else dtype
+        )
+        language_model = load_language_model(
+            config.language_model, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        for part, module, name in (
+            ("encoder", encoder, config.encoder),
+            ("language_model", language_model, config.language_model),
+        ):
+            found = fingerprint(module)
+            expected = getattr(config, f"{part}_fingerprint")
+            if expected is not None and expected != found:
+                raise ValueError(
+                    f"this checkpoint was trained on another {part}: expected weights {expected}, "
+                    f"{name!r} has {found}; give the path of the right one"
+                )
+            setattr(config, f"{part}_fingerprint", found)
+        return cls(config, encoder, language_model)

@@ -28,6 +28,7 @@ class ModelSection:
         full_window: encode 30 s of padding with each clip.
         speech_embedding: "direct" (the paper) or "soft".
         token_scale: factor on cosines, for the soft embedding and the token loss.
+        token_spelling: width of the spelling code beside each token's embedding there; 0 for none.
         prompt: what the user turn says around ``{speech}``.
         trust_remote_code: run code that a checkpoint brings along.
         start_from: folder of a trained model whose weights this run begins with, instead of fresh
@@ -45,6 +46,7 @@ class ModelSection:
     full_window: bool = False
     speech_embedding: SpeechEmbedding = "direct"
     token_scale: float = 30.0
+    token_spelling: int = 0
     prompt: str = DEFAULT_PROMPT
     trust_remote_code: bool = False
     start_from: str | None = None
