@@ -7,9 +7,13 @@ has learnt anything: tests compare ways of running a model, never what it says.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +34,13 @@ from transformers import (
 
 torch.set_num_threads(1)
 
+TINY_ADAPTER = {
+    "hidden_size": 32,
+    "num_pre_layers": 1,
+    "num_post_layers": 1,
+    "num_heads": 4,
+    "frame_stacking": 4,
+}
 TEXTS = (
     "the old man went to the sea",
     "where is my red hat",
@@ -218,13 +229,7 @@ def tiny_model(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) 
     config = BlspKDConfig(
         encoder=str(tiny_parts.encoder),
         language_model=str(tiny_parts.language_model),
-        adapter={
-            "hidden_size": 32,
-            "num_pre_layers": 1,
-            "num_post_layers": 1,
-            "num_heads": 4,
-            "frame_stacking": 4,
-        },
+        adapter=TINY_ADAPTER,
         plora={"r": 4, "lora_alpha": 4},
     )
     model = BlspKDForConditionalGeneration.from_parts(config)
@@ -237,8 +242,41 @@ def tiny_model(tiny_parts: TinyParts, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+@pytest.fixture(scope="module")
+def load_recipe():
+    """Import a script of recipes/ as python starts it, with its folder on the path."""
+    loaded = []
+
+    def load(name: str) -> types.ModuleType:
+        path = Path(__file__).parents[2] / "recipes" / name
+        sys.path.insert(0, str(path.parent))
+        spec = importlib.util.spec_from_file_location(f"{path.stem}_recipe", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        loaded.append((spec.name, str(path.parent)))
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name, folder in loaded:
+        del sys.modules[name]
+        sys.path.remove(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_section(tiny_parts: TinyParts) -> dict[str, Any]:
+    """The `model` section of a configuration file over `tiny_parts`."""
+    return {
+        "encoder": str(tiny_parts.encoder),
+        "language_model": str(tiny_parts.language_model),
+        "adapter": dict(TINY_ADAPTER),
+        "plora": {"r": 4, "lora_alpha": 4},
+        "prompt": "Say: {speech}",
+    }
+
+
 @pytest.fixture
-def recipe(tiny_parts, tiny_corpus, tmp_path):
+def recipe(tiny_model_section, tiny_corpus, tmp_path):
     """A configuration file for a few steps over the tiny corpus, and its held-out set."""
     from blspkd.data.manifest import read_manifest, write_manifest
 
@@ -249,19 +287,7 @@ def recipe(tiny_parts, tiny_corpus, tmp_path):
         "output": str(tmp_path / "run"),
         "log_steps": 1,
         "answer_limit": 2,
-        "model": {
-            "encoder": str(tiny_parts.encoder),
-            "language_model": str(tiny_parts.language_model),
-            "adapter": {
-                "hidden_size": 32,
-                "num_pre_layers": 1,
-                "num_post_layers": 1,
-                "num_heads": 4,
-                "frame_stacking": 4,
-            },
-            "plora": {"r": 4, "lora_alpha": 4},
-            "prompt": "Say: {speech}",
-        },
+        "model": tiny_model_section,
         "data": {
             "train": str(tmp_path / "train.jsonl"),
             "eval": {"unseen": str(tmp_path / "test.jsonl")},
@@ -278,3 +304,34 @@ def recipe(tiny_parts, tiny_corpus, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+@pytest.fixture
+def model_and_batch(tiny_model, tiny_corpus):
+    """The untrained speech LLM, and a batch of four clips with their prompt in common."""
+    from blspkd.data.batches import ClipDataset, Collator
+    from blspkd.data.manifest import read_manifest
+    from blspkd.model.loading import load_model
+
+    model, processor = load_model(tiny_model)
+    dataset = ClipDataset(read_manifest(tiny_corpus.manifest), processor, prompt="Say: {speech}")
+    return model, Collator(processor)([dataset[i] for i in range(4)])
+
+
+@pytest.fixture
+def hearing_the_text(model_and_batch, monkeypatch):
+    """The same, where the language model reads speech as the text's own embeddings."""
+    model, batch = model_and_batch
+    counts = batch["speech_mask"].sum(dim=1)
+    present = torch.arange(int(counts.max())) < counts[:, None]
+
+    def text_embeddings(vectors):
+        spoken = torch.zeros_like(vectors)
+        spoken[present] = model.embedding_weight()[batch["input_ids"][batch["speech_mask"]]]
+        return spoken
+
+    monkeypatch.setattr(model, "readable", text_embeddings)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.zeros_(parameter)
+    return model, batch

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from blspkd.data.alignment import CrossAttentionAligner, monotonic_ends
 from blspkd.model.bases import load_tokenizer
+from blspkd.model.losses import BlspKDOutput, loss_sums
+from blspkd.model.objective import LossWeights, Objective
 from blspkd.training.config_file import load_config
 from blspkd.training.run import train
+from speech_adapters import AdapterOutput
 
 
 def _gain(scores, ends):
@@ -120,3 +123,33 @@ def test_what_alignment_needs_is_said(recipe, tiny_parts, tmp_path):
     changes = ["losses.alignment=1", "data.cache_features=true", f"model.encoder={encoder}"]
     with pytest.raises(ValueError, match="alignment_heads"):
         train(load_config(recipe, [*changes, f"output={tmp_path / 'o'}"]), say=lambda text: None)
+
+
+def test_token_ends_count_in_encoder_frames_whatever_the_adapter_stacks():
+    """CIF weights that fit the alignment cost nothing; each weight stands for four frames."""
+    alphas = torch.tensor([[0.5, 0.5, 0.25, 0.75, 0.0]])
+    adapter = AdapterOutput(
+        hidden_states=torch.zeros(1, 2, 3),
+        attention_mask=torch.ones(1, 2, dtype=torch.bool),
+        alpha_sum=alphas.sum(dim=1),
+        alphas=alphas,
+        frames_per_alpha=4,
+        threshold=1.0,
+    )
+    nothing = dict.fromkeys(LossWeights.__dataclass_fields__, 0.0)
+    found = [
+        loss_sums(
+            BlspKDOutput(None, {}, adapter, adapter.hidden_states, None, None),
+            Objective(LossWeights(**{**nothing, "alignment": 1.0})),
+            token_ids=torch.zeros(1, 2, dtype=torch.long),
+            speech_mask=torch.ones(1, 2, dtype=torch.bool),
+            free_running=None,
+            token_ends=torch.tensor([ends]),
+            token_keys=None,
+            head_weight=torch.zeros(0, 3),
+            token_scale=30.0,
+        )["alignment"].item()
+        for ends in ([8.0, 20.0], [4.0, 20.0], [2.0, 20.0])
+    ]
+    # the tokens weigh 1 and 1, 0.5 and 1.5, 0.25 and 1.75
+    assert found == pytest.approx([0.0, 1.0, 1.5])

@@ -1,20 +1,13 @@
 """recipes/smollm2-whisper-base/drills.py: every token often enough, by words that can be read."""
 
-import importlib.util
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "smollm2-whisper-base" / "drills.py"
-
 
 @pytest.fixture(scope="module")
-def drills():
-    spec = importlib.util.spec_from_file_location("drills_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def drills(load_recipe):
+    return load_recipe("smollm2-whisper-base/drills.py")
 
 
 def letter_pairs(texts):

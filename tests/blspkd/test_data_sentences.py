@@ -1,20 +1,12 @@
 """recipes/smollm2-whisper-base/sentences.py: WordNet's examples as sentences."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 from click.testing import CliRunner
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "smollm2-whisper-base" / "sentences.py"
-
 
 @pytest.fixture(scope="module")
-def sentences():
-    spec = importlib.util.spec_from_file_location("sentences_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def sentences(load_recipe):
+    return load_recipe("smollm2-whisper-base/sentences.py")
 
 
 @pytest.mark.parametrize(

@@ -15,19 +15,10 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "speak.py"
-
 
 @pytest.fixture(scope="module")
-def speak():
-    sys.path.insert(0, str(RECIPE.parent))  # as python does for a script: voices.py lies there
-    spec = importlib.util.spec_from_file_location("speak_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-    sys.path.remove(str(RECIPE.parent))
+def speak(load_recipe):
+    return load_recipe("speak.py")
 
 
 def texts(speak, sentence):

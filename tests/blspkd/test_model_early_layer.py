@@ -18,10 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from blspkd.data.batches import ClipDataset, Collator
-from blspkd.data.manifest import read_manifest
 from blspkd.model.early_layer import check_layer, decoder_layers, watched_layer
-from blspkd.model.loading import load_model
 from blspkd.model.objective import LossWeights, Objective
 from blspkd.model.passes import Depth, read, read_prompt
 
@@ -151,13 +148,6 @@ def test_layers_that_are_not_there_are_refused():
         Depth(stop=True)
 
 
-@pytest.fixture
-def model_and_batch(tiny_model, tiny_corpus):
-    model, processor = load_model(tiny_model)
-    dataset = ClipDataset(read_manifest(tiny_corpus.manifest), processor, prompt="Say: {speech}")
-    return model, Collator(processor)([dataset[i] for i in range(4)])
-
-
 def _objective(**weights):
     return Objective(LossWeights(**{**NOTHING, **weights}), temperature=2.0)
 
@@ -224,20 +214,8 @@ def test_no_later_layer_is_run_or_trained(model_and_batch, name):
     assert runs == [0, 1] * 3
 
 
-def test_speech_that_reads_as_the_text_is_at_no_distance(model_and_batch, monkeypatch):
-    model, batch = model_and_batch
-    counts = batch["speech_mask"].sum(dim=1)
-    present = torch.arange(int(counts.max())) < counts[:, None]
-
-    def text_embeddings(vectors):
-        spoken = torch.zeros_like(vectors)
-        spoken[present] = model.embedding_weight()[batch["input_ids"][batch["speech_mask"]]]
-        return spoken
-
-    monkeypatch.setattr(model, "readable", text_embeddings)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            torch.nn.init.zeros_(parameter)
+def test_speech_that_reads_as_the_text_is_at_no_distance(hearing_the_text):
+    model, batch = hearing_the_text
     output = model(**batch, objective=_objective(layer_hidden=1, layer_kl=1))
     assert output.losses["layer_hidden"] == 0
     assert output.losses["layer_kl"] == 0

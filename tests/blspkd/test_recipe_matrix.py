@@ -29,25 +29,13 @@ def matrix():
 
 
 @pytest.fixture(scope="module")
-def plan_file(tiny_parts, tiny_corpus, tmp_path_factory):
+def plan_file(tiny_model_section, tiny_corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
     records = read_manifest(tiny_corpus.manifest)
     write_manifest(folder / "train.jsonl", records[:4])
     write_manifest(folder / "test.jsonl", records[3:])
     base = {
-        "model": {
-            "encoder": str(tiny_parts.encoder),
-            "language_model": str(tiny_parts.language_model),
-            "adapter": {
-                "hidden_size": 32,
-                "num_pre_layers": 1,
-                "num_post_layers": 1,
-                "num_heads": 4,
-                "frame_stacking": 4,
-            },
-            "plora": {"r": 4, "lora_alpha": 4},
-            "prompt": "Say: {speech}",
-        },
+        "model": tiny_model_section,
         "data": {
             "train": str(folder / "train.jsonl"),
             "eval": {"unseen": str(folder / "test.jsonl")},

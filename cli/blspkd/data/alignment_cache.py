@@ -13,11 +13,12 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blspkd.model.processing import BlspKDProcessor, as_messages
+from blspkd.model.processing import BlspKDProcessor
 
 from .alignment import CrossAttentionAligner
 from .features import FeatureCache
 from .manifest import Record
+from .turns import record_messages
 
 
 class AlignmentCache:
@@ -91,5 +92,4 @@ class AlignmentCache:
         return len(missing)
 
     def _char_ends(self, record: Record) -> list[int]:
-        messages = record.messages if record.messages is not None else as_messages(self.prompt)
-        return self.processor.transcript_ends(messages, record.text)
+        return self.processor.transcript_ends(record_messages(record, self.prompt), record.text)

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from blspkd.model.passes import shared_prompt_length
-from blspkd.model.processing import BlspKDProcessor, Messages, TokenizedTurn, as_messages
+from blspkd.model.processing import BlspKDProcessor, TokenizedTurn
 
 from .alignment_cache import AlignmentCache
 from .augment import Augmentation
 from .features import FeatureCache
 from .manifest import Record, read_manifest
+from .turns import record_messages
 
 EpochIndex = tuple[int, int]
 """Which epoch, and which clip: so that workers, too, know what to draw."""
@@ -115,11 +116,6 @@ class ClipDataset(Dataset[Clip]):
         if all(record.duration is not None for record in self.records):
             return [float(record.duration or 0.0) for record in self.records]
         return [float(len(record.text)) for record in self.records]
-
-
-def record_messages(record: Record, prompt: str) -> Messages:
-    """The chat turns of a record: its own, or the given prompt as one user turn."""
-    return record.messages if record.messages is not None else as_messages(prompt)
 
 
 def join_responses(records: Sequence[Record], manifest: Path) -> list[Record]:

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from blspkd.model.decoding import Decoding
 from blspkd.model.processing import BlspKDProcessor
 
-from .batches import record_messages
 from .manifest import Record, format_record, parse_line, read_lines
+from .turns import record_messages
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-from blspkd.data.batches import record_messages
 from blspkd.data.manifest import Record
+from blspkd.data.turns import record_messages
 from blspkd.model.configuration import DEFAULT_PROMPT
 from blspkd.model.processing import PLACEHOLDER, Messages, as_messages
 

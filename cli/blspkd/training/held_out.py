@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from blspkd.data.batches import ClipDataset, Collator, batches_of, record_messages
+from blspkd.data.batches import ClipDataset, Collator, batches_of
 from blspkd.data.manifest import Record
+from blspkd.data.turns import record_messages
 from blspkd.evaluation.answers import answer_from_speech, answer_from_text
 from blspkd.evaluation.meters import measure
 from blspkd.evaluation.metrics import word_error_rate, word_errors
