@@ -1,0 +1,62 @@
+"""A trained model as a folder to give away: its own weights, small, beside what says what it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .loading import load_config
+from .pretrained import WEIGHTS_NAME
+
+
+def export_model(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    card: str,
+    encoder: str | None = None,
+    language_model: str | None = None,
+) -> int:
+    """Write a trained model without its optimiser, logs and paths, complete or not at all.
+
+    Args:
+        source: a finished run, or a checkpoint of one.
+        destination: a folder that does not exist yet, or is empty.
+        dtype: of the weights in the file; they are float32 again once loaded.
+        card: what README.md says.
+        encoder: the encoder's name where the folder is going, such as a hub id.
+        language_model: likewise.
+
+    Returns:
+        Bytes of the folder.
+
+    Raises:
+        ValueError: if there is no trained model, the destination holds something, or a weight does
+            not fit ``dtype``.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination}: exists already; name a folder that does not")
+    config = load_config(source, encoder=encoder, language_model=language_model)
+    weights = load_file(Path(source) / WEIGHTS_NAME)
+    for name, tensor in weights.items():
+        if tensor.is_floating_point():
+            weights[name] = tensor.to(dtype)
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{name} does not fit {dtype}: it has values beyond its range")
+    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        config.save_pretrained(unfinished)
+        save_file(weights, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        os.replace(unfinished, destination)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    return sum(path.stat().st_size for path in destination.iterdir())
