@@ -209,7 +209,7 @@ def _origin(config: TrainConfig, folder: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "train_seconds": sum(line.get("train_runtime", 0.0) for line in log),
         "steps": steps,
-        "clips_seen": steps * clips * int(os.environ.get("WORLD_SIZE", "1")),
+        "clips_seen": steps * clips * document["processes"],
         "train_clips": len(train),
         "train_hours": sum(record.duration or 0.0 for record in train) / 3600,
         "train_texts": len({record.text for record in train}),

@@ -27,7 +27,7 @@ class Row:
         title: As the table has it.
         seeds: One run for each.
         set: Fields of the training configuration, by dotted name.
-        as_base: Whether the base configuration is left as it is, without the plan's `common`.
+        base: A configuration of its own to start from, without the plan's `common`.
         scaling: Whether it is a point of the scaling curve.
         in_matrix: Whether it stands in the table of the matrix.
         robustness: Whether its first seed is measured under conditions.
@@ -38,7 +38,7 @@ class Row:
     title: str
     seeds: tuple[int, ...] = (0,)
     set: dict[str, Any] = field(default_factory=dict)
-    as_base: bool = False
+    base: Path | None = None
     scaling: bool = False
     in_matrix: bool = True
     robustness: bool = False
@@ -91,7 +91,7 @@ class Plan:
         base: The configuration all rows start from.
         runs: Where run folders go.
         results: Where result files go.
-        common: Fields laid over the base for all rows but those that say `as_base`.
+        common: Fields laid over the base for all rows without one of their own.
         rows: By name.
         evaluate: How runs are measured.
     """
@@ -105,7 +105,7 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a matrix.yaml; `base` and `results` are relative to it, `runs` to where one stands.
+    """Read a matrix.yaml; each `base` and `results` are relative to it, `runs` to where one stands.
 
     Raises:
         ValueError: It has a key that nobody knows.
@@ -118,6 +118,8 @@ def read_plan(path: Path) -> Plan:
     for name, values in document["rows"].items():
         checked = _checked(Row, {"name": name, "title": name, **values}, f"{path}: rows.{name}")
         checked["seeds"] = tuple(checked.get("seeds", (0,)))
+        if "base" in checked:
+            checked["base"] = path.parent / checked["base"]
         rows[name] = Row(**checked)
     evaluate = _checked(EvalPlan, document.get("evaluate") or {}, f"{path}: evaluate")
     if evaluate.get("robustness"):
@@ -155,13 +157,13 @@ def row_config(
         steps: Optimiser steps instead of the configuration's.
     """
     name = f"{row.name}-s{seed}"
-    fields = {**({} if row.as_base else plan.common), **row.set}
+    fields = {**(plan.common if row.base is None else {}), **row.set}
     # JSON is YAML, and says null, true and strings as the reader wants them
     pairs = [f"{key}={json.dumps(value)}" for key, value in fields.items()]
     pairs += [*extra, f"seed={seed}", f"name={name}", f"output={json.dumps(str(plan.runs / name))}"]
     if steps is not None:
         pairs.append(f"optim.max_steps={steps}")
-    return load_config(plan.base, pairs)
+    return load_config(row.base or plan.base, pairs)
 
 
 def with_defaults(found: dict[str, Any], default: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def plan_file(tiny_model_section, tiny_corpus, tmp_path_factory):
                 "seeds": [3],
                 "set": {"model.plora": {"r": 4, "lora_alpha": 400}, "model.plain_lora": True},
             },
-            "base": {"as_base": True, "robustness": True, "tasks": True, "seeds": [0, 1]},
+            "base": {"base": "base.yaml", "robustness": True, "tasks": True, "seeds": [0, 1]},
         },
         "evaluate": {
             "max_new_tokens": 4,

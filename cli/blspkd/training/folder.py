@@ -56,12 +56,17 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    """Write the resolved configuration, the code's commit and the libraries' versions."""
+    """Write the resolved configuration, the code's commit, versions and number of processes."""
     versions = {
         name: importlib.metadata.version(name)
         for name in ("blspkd", "torch", "transformers", "accelerate")
     }
-    document = {"config": as_dict(config), "commit": _commit(), "versions": versions}
+    document = {
+        "config": as_dict(config),
+        "commit": _commit(),
+        "versions": versions,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's
+    }
     write_atomically(folder / CONFIG_NAME, yaml.safe_dump(document, sort_keys=False))
 
 
