@@ -155,3 +155,33 @@ def test_unknown_thresholds_name_the_nearest():
     with pytest.raises(ValueError, match="METRIC=NUMBER"):
         parse_threshold("wer", "asr")
     assert "input_kl" in METERS
+
+
+def test_a_question_is_answered_right_if_an_accepted_text_stands_in_the_answer():
+    records = [
+        record("a", "x", extra={"answers": ["Paris"]}),
+        record("b", "y", extra={"answers": ["art", "four"]}),
+        record("c", "z", extra={"answers": ["New York"]}),
+        record("d", "w", extra={"answers": ["H2O"]}),
+    ]
+    rows = {
+        "text": Row(["It is Paris.", "Four!", "New\nyork", "h2o"], None),
+        "cascade": Row(["paris", "the artist", "York New", "H2 O"], ["x"] * 4),
+        "speech": Row(["", "ART", "new yorkers", "H2O is water"], ["x"] * 4),
+    }
+    scores = score_rows("qa", records, rows)
+    assert [scores[name]["accuracy"] for name in rows] == [1.0, 0.25, 0.5]
+    gaps = score_gaps("qa", records, rows, seed=0)
+    assert gaps["text"]["accuracy"].difference == -0.5
+    assert gaps["cascade"]["accuracy"].difference == 0.25
+    bare = [record("a", "x")] * 4
+    assert "accuracy" not in score_rows("qa", bare, rows)["speech"]
+
+
+@pytest.mark.parametrize("answers", [None, "Paris", [], ["Paris", 3], ["Paris", " "]])
+def test_accepted_answers_that_are_none_are_named(answers):
+    extra = {} if answers is None else {"answers": answers}
+    records = [record("a", "x", extra={"answers": ["x"]}), record("b", "y", extra=extra)]
+    rows = {"text": Row(["x", "y"], None)}
+    with pytest.raises(ValueError, match=r"record 'b': the column 'answers' must be a list"):
+        score_rows("qa", records, rows)

@@ -13,13 +13,22 @@ from blspkd.data.manifest import Record
 
 from . import metrics
 from .bootstrap import Gap, Score, Statistics, bleu_score, bleu_statistics, paired_gap, ratio
-from .tasks import ROWS, Row, RowName, Task, references
+from .tasks import (
+    ROWS,
+    Row,
+    RowName,
+    Task,
+    accepted_answers,
+    references,
+    right_answers,
+)
 
 SCORES: dict[str, Score] = {"bleu": bleu_score, "self_bleu": bleu_score}
 """How a metric's statistics become its score; the others are ratios."""
 AGAINST_CASCADE = (
     "wer",
     "bleu",
+    "accuracy",
     "transcript_wer",
     "self_bleu",
     "self_rouge_l",
@@ -45,8 +54,8 @@ def row_statistics(
 
     Returns:
         By metric (C, K): word errors and words for `wer` (task "asr") and `transcript_wer`;
-        `bleu_statistics` for `bleu` (task "st") and `self_bleu`; a score and 1 for `self_rouge_l`
-        and `same_answer`.
+        `bleu_statistics` for `bleu` (task "st") and `self_bleu`; a score and 1 for `accuracy`
+        (task "qa"), `self_rouge_l` and `same_answer`.
     """
 
     def rows(pairs: Sequence[tuple[float, float]]) -> Statistics:
@@ -62,6 +71,9 @@ def row_statistics(
         found["wer"] = wer(row.answers)
     elif expected is not None:
         found["bleu"] = bleu_statistics(expected, row.answers)
+    accepted = accepted_answers(records, task)
+    if accepted is not None:
+        found["accuracy"] = rows([(right, 1.0) for right in right_answers(accepted, row.answers)])
     if row.transcripts is not None:
         found["transcript_wer"] = wer(row.transcripts)
     pairs = list(zip(own_answers, row.answers, strict=True))
@@ -83,7 +95,7 @@ def score_gaps(
     statistics = {
         name: row_statistics(task, records, row, own_answers) for name, row in rows.items()
     }
-    wanted = {"text": ("wer", "bleu"), "cascade": AGAINST_CASCADE}
+    wanted = {"text": ("wer", "bleu", "accuracy"), "cascade": AGAINST_CASCADE}
     speech = statistics["speech"]
     gaps: dict[str, dict[str, Gap]] = {}
     for name in ROWS[:2]:

@@ -131,6 +131,15 @@ def same_rate(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     return float(np.mean([r.strip() == h.strip() for r, h in pairs]))
 
 
+def contains_answer(accepted: Sequence[str], answer: str) -> bool:
+    """Whether one of the accepted texts stands in an answer, case and punctuation aside.
+
+    Whole words in a row: "art" does not stand in "the artist".
+    """
+    words = f" {' '.join(normalize(answer, 'any').split())} "
+    return any(f" {' '.join(normalize(one, 'any').split())} " in words for one in accepted)
+
+
 def _check_lengths(first: Sequence[object], second: Sequence[object]) -> None:
     if len(first) != len(second):
         raise ValueError(

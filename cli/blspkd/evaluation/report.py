@@ -28,12 +28,13 @@ TITLES = {
     "wer": "WER %",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "accuracy": "accuracy %",
     "transcript_wer": "transcript WER %",
     "self_bleu": "Self-BLEU",
     "self_rouge_l": "Self-ROUGE-L",
     "same_answer": "same answer %",
 }
-PERCENT = ("wer", "transcript_wer", "same_answer")
+PERCENT = ("wer", "accuracy", "transcript_wer", "same_answer")
 
 
 def figures(robustness: Robustness) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _clean_figures(evaluation: Evaluation) -> dict[str, Any]:
 
 def table(evaluation: Evaluation) -> str:
     """The rows and their metrics as lines of text."""
-    names = (*OWN_METRICS[evaluation.config.task], "transcript_wer", *SELF_METRICS)
+    names = _metrics_of(evaluation)
     header = ["", *(TITLES[name] for name in names)]
     body = [
         [row, *(_show(name, evaluation.scores[row].get(name)) for name in names)]
@@ -157,6 +158,13 @@ def predictions(evaluation: Evaluation) -> list[dict[str, Any]]:
     return out
 
 
+def _metrics_of(evaluation: Evaluation) -> list[str]:
+    """The task's metrics, if its clips have what they need, and those of every task."""
+    own = OWN_METRICS[evaluation.config.task]
+    measured = [name for name in own if any(name in row for row in evaluation.scores.values())]
+    return [*measured, "transcript_wer", *SELF_METRICS]
+
+
 def _show(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
@@ -173,7 +181,7 @@ def _markdown(
     command: str,
 ) -> str:
     evaluation = robustness.clean
-    names = (*OWN_METRICS[evaluation.config.task], "transcript_wer", *SELF_METRICS)
+    names = _metrics_of(evaluation)
     parts = [
         f"# Evaluation: {evaluation.config.task}",
         f"Model `{found['model']}` on `{found['manifest']}`, {found['clips']} clips.",

@@ -27,7 +27,7 @@ OWN_METRICS: dict[Task, tuple[str, ...]] = {
     "asr": ("wer",),
     "continue": (),
     "st": ("bleu", "chrf"),
-    "qa": (),
+    "qa": ("accuracy",),
 }
 """Metrics of each task's answers against its references."""
 SELF_METRICS = ("self_bleu", "self_rouge_l", "same_answer")
@@ -148,6 +148,29 @@ def references(records: Sequence[Record], task: Task) -> list[str] | None:
     return translations
 
 
+def accepted_answers(records: Sequence[Record], task: Task) -> list[list[str]] | None:
+    """What an answer to each question must have in it; None outside task "qa", or if none says so.
+
+    Raises:
+        ValueError: Some records have the column `answers` and others lack it, or it is no list of
+            texts.
+    """
+    if task != "qa" or not any("answers" in record.extra for record in records):
+        return None
+    found = []
+    for record in records:
+        answers = record.extra.get("answers")
+        listed = answers if isinstance(answers, list) else []
+        texts = [one for one in listed if isinstance(one, str) and one.strip()]
+        if not texts or len(texts) < len(listed):
+            raise ValueError(
+                f"record {record.id!r}: the column 'answers' must be a list of texts, one of which "
+                f"a right answer has in it; got {answers!r}"
+            )
+        found.append(texts)
+    return found
+
+
 def score_rows(
     task: Task, records: Sequence[Record], rows: Mapping[RowName, Row]
 ) -> dict[RowName, dict[str, float]]:
@@ -155,10 +178,12 @@ def score_rows(
 
     Returns:
         For each row, by name: `wer` (0..; of the repeated sentence), or `bleu` and `chrf`
-        (0..100); `transcript_wer` (0..); `self_bleu` (0..100), `self_rouge_l` and `same_answer`
-        (0..1), which compare with the row "text".
+        (0..100), or `accuracy` (0..1; where the records have `answers`); `transcript_wer` (0..);
+        `self_bleu` (0..100), `self_rouge_l` and `same_answer` (0..1), which compare with the row
+        "text".
     """
     expected = references(records, task)
+    accepted = accepted_answers(records, task)
     own_answers = rows["text"].answers
     scores: dict[RowName, dict[str, float]] = {}
     for name, row in rows.items():
@@ -168,6 +193,8 @@ def score_rows(
         elif expected is not None:
             score["bleu"] = metrics.bleu(expected, row.answers)
             score["chrf"] = metrics.chrf(expected, row.answers)
+        elif accepted is not None:
+            score["accuracy"] = sum(right_answers(accepted, row.answers)) / len(records)
         if row.transcripts is not None and name != "text":
             score["transcript_wer"] = _wer(records, row.transcripts)
         score["self_bleu"] = metrics.bleu(own_answers, row.answers)
@@ -175,6 +202,12 @@ def score_rows(
         score["same_answer"] = metrics.same_rate(own_answers, row.answers)
         scores[name] = score
     return scores
+
+
+def right_answers(accepted: Sequence[Sequence[str]], answers: Sequence[str]) -> list[bool]:
+    """Which answers have one of their accepted texts in them."""
+    pairs = zip(accepted, answers, strict=True)
+    return [metrics.contains_answer(right, answer) for right, answer in pairs]
 
 
 def _wer(records: Sequence[Record], texts: Sequence[str]) -> float:
