@@ -24,6 +24,7 @@ PERCENT = (
     "length_within_one",
     "transcript_wer",
     "wer",
+    "accuracy",
 )
 NOT_RUN = "not run"
 

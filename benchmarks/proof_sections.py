@@ -11,8 +11,8 @@ from blspkd.evaluation.nothing import PRETENDED_WORDS
 from blspkd.evaluation.tables import markdown
 
 ROUGE = "self_rouge_l"
-OWN = {"asr": "wer", "st": "bleu"}
-TASK_FIGURES = {"wer": "WER %", "bleu": "BLEU", ROUGE: "Self-ROUGE-L"}
+OWN = {"asr": "wer", "st": "bleu", "qa": "accuracy"}
+TASK_FIGURES = {"wer": "WER %", "bleu": "BLEU", "accuracy": "accuracy %", ROUGE: "Self-ROUGE-L"}
 
 
 def drift(matrix: Matrix) -> list[str]:
@@ -46,13 +46,12 @@ def tasks(matrix: Matrix) -> list[str]:
     sides = ("text", CASCADE, "speech")
     cells = [["", "set", "task", "figure", *sides]]
     for row, runs in matrix.runs.items():
-        for name, one in runs[0]["sets"].items():
-            for task, found in one.get("tasks", {}).items():
-                metric = OWN.get(task, ROUGE)
+        for task, found in runs[0].get("tasks", {}).items():
+            for metric in (OWN[task], ROUGE):
                 values = [found["rows"].get(side, {}).get(metric) for side in sides]
-                title = TASK_FIGURES[metric]
                 shown = [show(metric, value) for value in values]
-                cells.append([matrix.titles[row], name, task, title, *shown])
+                where = f"{found['set']} ({len(found['ids'])} clips)"
+                cells.append([matrix.titles[row], where, task, TASK_FIGURES[metric], *shown])
     if len(cells) == 1:
         return [f"{NOT_RUN.capitalize()}."]
     return [

@@ -78,13 +78,6 @@ def measure_run(
     for name, clips in records.items():
         say(f"measuring {name}: {len(clips)} clips")
         sets[name] = _measure_set(listener, shared, name, clips, eval_config)
-        asked = row.tasks and seed == row.seeds[0]
-        for task in how.extra_tasks.get(name, []) if asked else []:
-            other = dataclasses.replace(eval_config, task=task)
-            found = _measure_set(listener, shared, name, clips, other)
-            sets[name].setdefault("tasks", {})[task] = {
-                key: found[key] for key in ("rows", "speech", "cascade", "text")
-            }
     result: dict[str, Any] = {
         "row": row.name,
         "title": row.title.strip(),
@@ -93,6 +86,17 @@ def measure_run(
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sets": sets,
     }
+    if row.tasks and seed == row.seeds[0]:
+        result["tasks"] = {}
+        for task, where in how.extra_tasks.items():
+            say(f"asking for {task}: {where}")
+            name, clips = where, records.get(where)
+            if clips is None:
+                name, clips = Path(where).stem, read_manifest(Path(where))
+            asked = dataclasses.replace(eval_config, task=task)
+            found = _measure_set(listener, shared, name, clips[: how.limit], asked)
+            kept = ("ids", "rows", "text", "cascade", "speech", "answers")
+            result["tasks"][task] = {"set": name, **{key: found[key] for key in kept}}
     if row.robustness and seed == row.seeds[0] and how.robustness is not None:
         say("measuring robustness")
         clips = records[how.robustness.set][: how.robustness.limit]

@@ -69,7 +69,7 @@ class EvalPlan:
     Attributes:
         limit: Only the first so many clips of each held-out set.
         task: Of `blspkd eval`, for all sets.
-        extra_tasks: Further tasks by set.
+        extra_tasks: Further tasks, and for each the name of a held-out set or a manifest.
         max_new_tokens: Of each answer.
         batch_size: Clips at a time.
         robustness: Under conditions; None for not at all.
@@ -77,7 +77,7 @@ class EvalPlan:
 
     limit: int | None = None
     task: str = "continue"
-    extra_tasks: dict[str, list[str]] = field(default_factory=dict)
+    extra_tasks: dict[str, str] = field(default_factory=dict)
     max_new_tokens: int = 48
     batch_size: int = 16
     robustness: RobustnessPlan | None = None

@@ -64,7 +64,7 @@ def plan_file(tiny_model_section, tiny_corpus, tmp_path_factory):
         },
         "evaluate": {
             "max_new_tokens": 4,
-            "extra_tasks": {"unseen": ["asr"]},
+            "extra_tasks": {"asr": "unseen", "qa": str(folder / "test.jsonl")},
             "robustness": {"set": "unseen", "conditions": ["noise:0"], "no_speech": 1},
         },
     }
@@ -148,10 +148,13 @@ def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, 
         assert clips["rows"]["speech"]["self_rouge_l"] == pytest.approx(mean, rel=1e-3)
         assert len(clips["cascade"]["self_bleu"][0]) == 10
 
-    assert "wer" in base["sets"]["unseen"]["tasks"]["asr"]["rows"]["text"]
+    asked = base["tasks"]
+    assert {task: one["set"] for task, one in asked.items()} == {"asr": "unseen", "qa": "test"}
+    assert "wer" in asked["asr"]["rows"]["text"]
+    assert len(asked["qa"]["ids"]) == len(asked["qa"]["speech"]["self_rouge_l"]) == 2
     # an adapter without one output per token has no transcripts, and no KL on the input
     assert conv["sets"]["unseen"]["transcripts"] is None
-    assert "tasks" not in conv["sets"]["unseen"]
+    assert "tasks" not in conv
     assert "input_kl" not in conv["sets"]["unseen"]["figures"]
     assert "transcript_wer" in base["sets"]["unseen"]["speech"]
 
@@ -162,6 +165,8 @@ def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, 
         "unseen, continue, clean",
         "unseen, asr",
         "unseen, asr, clean",
+        "test, qa",
+        "test, qa, clean",
         "unseen, continue, noise:0",
     }
     text = shared["entries"]["unseen, continue"]["answers"]

@@ -126,6 +126,17 @@ def test_without_results_it_says_so_and_nothing_else(folder):
     assert list(folder().glob("*.svg")) == []
 
 
+def test_a_task_stands_beside_what_the_text_row_reaches(folder):
+    found = make("kl", 0, rouge=0.5)
+    rows = {"text": 0.5, "cascade": 0.25, "speech": 0.125}
+    rows = {side: {"accuracy": value, "self_rouge_l": 2 * value} for side, value in rows.items()}
+    found["tasks"] = {"qa": {"set": "questions", "ids": ["a", "b"], "rows": rows}}
+    document = text(folder(found))
+    table = document.partition("## Other tasks")[2]
+    assert "| questions (2 clips) | qa | accuracy % | 50.0 | 25.0 | 12.5 |" in table
+    assert "| questions (2 clips) | qa | Self-ROUGE-L | 1.000 | 0.500 | 0.250 |" in table
+
+
 def test_figures_stand_in_their_row_as_a_mean_over_seeds(folder):
     place = folder(
         make("ce", 0, rouge=0.2, aligned=False),
