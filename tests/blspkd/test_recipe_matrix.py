@@ -187,7 +187,7 @@ def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, 
     assert f"{rouge:.3f}" in document.split("| base | 1 |")[1].splitlines()[0]
     assert "base, seed 0, on 2 clips of *unseen*" in document
     assert "plain, seed 3" in document
-    assert "| base | unseen | asr | WER % |" in document
+    assert "| base | unseen (2 clips) | asr | WER % |" in document
 
     times = {path: path.stat().st_mtime_ns for path in plan_file.parent.rglob("*.json")}
     code, output = command("--seed", "0", "--seed", "3")
