@@ -1,9 +1,9 @@
-"""Writes docs/results.md, and its charts, from the result files of the matrix.
+"""Writes docs/results.md and docs/results-tiny.md, and their charts, from result files.
 
-    python -m benchmarks.proof [RESULTS_DIR [DOCUMENT]]
+    python -m benchmarks.proof [PLAN RESULTS_DIR DOCUMENT]
 
 The files are what recipes/smollm2-whisper-base/matrix.py leaves; nothing here is measured, and a
-row without a file says "not run". A test checks that docs/results.md is what this writes.
+row without a file says "not run". A test checks that the documents are what this writes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,22 @@ from pathlib import Path
 
 from benchmarks.proof_cells import METRICS, NOT_RUN, mean, with_interval
 from benchmarks.proof_charts import CHARTS
-from benchmarks.proof_results import CASCADE, PLAN, RESULTS, ROOT, Matrix, read_matrix
+from benchmarks.proof_results import CASCADE, ROOT, Matrix, read_matrix
 from benchmarks.proof_sections import chart, drift, origins, robustness, scaling, tasks
 from blspkd.evaluation.bootstrap import Gap
 from blspkd.evaluation.tables import markdown
 
-DOCUMENT = ROOT / "docs" / "results.md"
+DOCUMENTS = {
+    ROOT / "docs" / "results.md": (
+        ROOT / "recipes" / "smollm2-whisper-base" / "matrix.yaml",
+        ROOT / "benchmarks" / "results" / "matrix",
+    ),
+    ROOT / "docs" / "results-tiny.md": (
+        ROOT / "recipes" / "tiny" / "matrix.yaml",
+        ROOT / "benchmarks" / "results" / "matrix-tiny",
+    ),
+}
+"""Plan and result files of each document."""
 COMPARED = ("self_rouge_l", "self_bleu", "response_kl", "input_kl", "transcript_wer")
 DECIDING = "self_rouge_l"
 HOW_TO_READ = """\
@@ -36,14 +46,15 @@ seeds, its figure is their mean, and ± half their range."""
 
 
 def document(matrix: Matrix, folder: str) -> str:
-    """All of docs/results.md.
+    """All of it.
 
     Args:
         matrix: What there is.
         folder: Of the result files, as the document links to it.
     """
     parts = [
-        "# What BLSP-KD gives at small scale",
+        f"# {matrix.title}",
+        matrix.about,
         "Made by `python -m benchmarks.proof` from the result files in "
         f"[`{folder}`]({folder}), which [`matrix.py`](../recipes/smollm2-whisper-base/matrix.py) "
         "leaves; not to be edited by hand.",
@@ -57,10 +68,14 @@ def document(matrix: Matrix, folder: str) -> str:
     if missing:
         parts.append(f"Not run: {', '.join(missing)}.")
     parts += [*chart(matrix, "matrix"), "## Differences", *_differences(matrix)]
-    parts += ["## Plain LoRA in place of PLoRA", *drift(matrix)]
-    parts += ["## Other tasks", *tasks(matrix)]
-    parts += ["## Robustness", *robustness(matrix)]
-    parts += ["## Scaling", *scaling(matrix)]
+    for what, heading, section in (
+        ("plain_lora", "Plain LoRA in place of PLoRA", drift),
+        ("tasks", "Other tasks", tasks),
+        ("robustness", "Robustness", robustness),
+        ("scaling", "Scaling", scaling),
+    ):
+        if what in matrix.planned:
+            parts += [f"## {heading}", *section(matrix)]
     parts += ["## Runs", *origins(matrix, folder)]
     return "\n\n".join(parts) + "\n"
 
@@ -154,22 +169,27 @@ def _differences(matrix: Matrix) -> list[str]:
     return text
 
 
-def write(results: Path = RESULTS, path: Path = DOCUMENT, plan: Path = PLAN) -> None:
+def write(results: Path, path: Path, plan: Path) -> None:
     """Write the document and its charts."""
     path.write_text(text(results, path, plan), "utf-8")
-    matrix = read_matrix(results, plan)
+    matrix = read_matrix(results, path, plan)
     for name, draw in CHARTS.items():
-        chart = path.parent / f"results-{name}.svg"
+        chart = path.parent / f"{matrix.charts}-{name}.svg"
         if not draw(matrix, chart):
             chart.unlink(missing_ok=True)
 
 
-def text(results: Path = RESULTS, path: Path = DOCUMENT, plan: Path = PLAN) -> str:
+def text(results: Path, path: Path, plan: Path) -> str:
     """What `write` puts into the document."""
-    return document(read_matrix(results, plan), os.path.relpath(results, path.parent))
+    return document(read_matrix(results, path, plan), os.path.relpath(results, path.parent))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3:
+    if len(sys.argv) not in (1, 4):
         sys.exit(__doc__)
-    write(*map(Path, sys.argv[1:]))
+    if len(sys.argv) == 4:
+        plan_path, results_dir, to = map(Path, sys.argv[1:])
+        write(results_dir, to, plan_path)
+    else:
+        for to, (plan_path, results_dir) in DOCUMENTS.items():
+            write(results_dir, to, plan_path)

@@ -1,4 +1,4 @@
-"""The result files of recipes/smollm2-whisper-base/matrix.py, and what can be computed of them.
+"""The result files of a matrix.py, and what can be computed of them.
 
 Shapes: S runs of a row that differ by their seed, C clips, K statistics of a clip.
 """
@@ -17,8 +17,6 @@ from blspkd.evaluation.bootstrap import Gap, Statistics, paired_gap
 from blspkd.evaluation.gaps import score_of
 
 ROOT = Path(__file__).parents[1]
-PLAN = ROOT / "recipes" / "smollm2-whisper-base" / "matrix.yaml"
-RESULTS = ROOT / "benchmarks" / "results" / "matrix"
 CASCADE = "cascade"
 
 
@@ -33,6 +31,10 @@ class Matrix:
         differences: `first` and `second` of further rows that are compared.
         scaling: Names of the rows that are points of the scaling curve.
         listed: Names of the rows that stand in the table.
+        planned: What some row asks for: "plain_lora", "tasks", "robustness", "scaling".
+        title: Of the document.
+        about: What was trained on what, in a sentence or two.
+        charts: How the names of its charts begin.
     """
 
     titles: dict[str, str]
@@ -41,6 +43,10 @@ class Matrix:
     differences: list[dict[str, str]]
     scaling: list[str]
     listed: list[str]
+    planned: frozenset[str]
+    title: str
+    about: str
+    charts: str
 
     @property
     def adapted(self) -> list[str]:
@@ -126,8 +132,8 @@ def _is_adapted(run: dict[str, Any]) -> bool:
     return bool(run["settings"]["model"]["plain_lora"])
 
 
-def read_matrix(results: Path = RESULTS, plan: Path = PLAN) -> Matrix:
-    """Read a plan, and the result files that there are."""
+def read_matrix(results: Path, path: Path, plan: Path) -> Matrix:
+    """Read a plan, and the result files that there are, for the document at ``path``."""
     document = yaml.safe_load(plan.read_text("utf-8"))
     runs: dict[str, list[dict[str, Any]]] = {}
     for name, row in document["rows"].items():
@@ -142,4 +148,13 @@ def read_matrix(results: Path = RESULTS, plan: Path = PLAN) -> Matrix:
         differences=document.get("differences") or [],
         scaling=[name for name, row in document["rows"].items() if row.get("scaling")],
         listed=[name for name, row in document["rows"].items() if row.get("in_matrix", True)],
+        planned=frozenset(
+            what
+            for row in document["rows"].values()
+            for what in ("plain_lora", "tasks", "robustness", "scaling")
+            if row.get(what) or row.get("set", {}).get(f"model.{what}")
+        ),
+        title=document["title"],
+        about=" ".join(document["about"].split()),
+        charts=path.stem,
     )

@@ -149,4 +149,4 @@ def _robust_runs(matrix: Matrix) -> list[tuple[str, dict[str, Any]]]:
 
 def chart(matrix: Matrix, name: str) -> list[str]:
     """A link to a chart, if there is anything to draw."""
-    return [f"![{name}](results-{name}.svg)"] if CHARTS[name](matrix, None) else []
+    return [f"![{name}]({matrix.charts}-{name}.svg)"] if CHARTS[name](matrix, None) else []

@@ -13,7 +13,9 @@ import yaml
 from blspkd.training.config import TrainConfig
 from blspkd.training.config_file import as_dict, load_config
 
-KEYS = ("base", "runs", "results", "common", "rows", "evaluate", "claims", "differences")
+SHOWN = ("title", "about", "claims", "differences")
+"""Keys for the document alone."""
+KEYS = ("base", "runs", "results", "common", "rows", "evaluate", *SHOWN)
 PLACES = ("name", "output", "seed")
 """Fields of a configuration that say which run it is, not what is trained."""
 

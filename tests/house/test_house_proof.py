@@ -1,4 +1,4 @@
-"""docs/results.md is what the matrix's result files say, and says so where there are none."""
+"""Documents of results are what their files say, and say so where there are none."""
 
 import json
 import re
@@ -12,13 +12,16 @@ from blspkd.evaluation.bootstrap import Gap, bleu_statistics
 
 CLIPS = 40
 PLAN = {
+    "title": "What was tried",
+    "about": "an abacus\n  and a parrot",
     "rows": {
         "ce": {"title": "CNN + CE", "seeds": [0, 1]},
         "kl": {"title": "CNN + KL", "seeds": [0, 1]},
-        "plain": {"title": "plain LoRA"},
+        "plain": {"title": "plain LoRA", "set": {"model.plain_lora": True}},
         "never": {"title": "a dream"},
         "half": {"title": "half", "scaling": True, "in_matrix": False},
-        "whole": {"title": "whole", "scaling": True},
+        "whole": {"title": "whole", "scaling": True, "robustness": True},
+        "ask": {"title": "asked", "tasks": True, "in_matrix": False},
     },
     "claims": [
         {"claim": "KL beats CE", "first": "kl", "second": "ce"},
@@ -110,15 +113,19 @@ def row_of(document, start):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_document_is_what_the_result_files_say():
-    assert proof.text() == proof.DOCUMENT.read_text("utf-8"), "run `python -m benchmarks.proof`"
-    for picture in re.findall(r"\((results-\w+\.svg)\)", proof.DOCUMENT.read_text("utf-8")):
-        assert (proof.DOCUMENT.parent / picture).is_file()
+@pytest.mark.parametrize("path", proof.DOCUMENTS, ids=lambda path: path.stem)
+def test_the_document_is_what_the_result_files_say(path):
+    plan, results = proof.DOCUMENTS[path]
+    written = path.read_text("utf-8")
+    assert proof.text(results, path, plan) == written, "run `python -m benchmarks.proof`"
+    for picture in re.findall(r"\((results-[\w-]+\.svg)\)", written):
+        assert (path.parent / picture).is_file()
 
 
 def test_without_results_it_says_so_and_nothing_else(folder):
     document = text(folder())
     assert document.count("not run") == 2  # the claims
+    assert document.startswith("# What was tried\n\nan abacus and a parrot\n\n")
     assert document.count("Not run") == 7
     assert ".svg" not in document
     assert not re.search(r"\d\.\d\d", document.replace("2405.19041", ""))
@@ -135,6 +142,14 @@ def test_a_task_stands_beside_what_the_text_row_reaches(folder):
     table = document.partition("## Other tasks")[2]
     assert "| questions (2 clips) | qa | accuracy % | 50.0 | 25.0 | 12.5 |" in table
     assert "| questions (2 clips) | qa | Self-ROUGE-L | 1.000 | 0.500 | 0.250 |" in table
+
+
+def test_what_no_row_asks_for_is_left_out(folder):
+    place = folder()
+    rows = {name: {"title": name} for name in ("ce", "kl")}
+    (place / "plan.yaml").write_text(yaml.safe_dump({"title": "t", "about": "a", "rows": rows}))
+    headings = re.findall(r"^## (.+)", text(place), re.MULTILINE)
+    assert headings == ["The matrix", "Differences", "Runs"]
 
 
 def test_figures_stand_in_their_row_as_a_mean_over_seeds(folder):
@@ -206,4 +221,4 @@ def test_robustness_and_scaling_have_their_tables_and_charts(folder):
     assert drawn == {path.name: path.read_bytes() for path in place.glob("*.svg")}
     # the curve's points are no rows of the matrix
     assert "| half |" not in document.split("## Differences")[0]
-    assert read_matrix(place, place / "plan.yaml").scaling == ["half", "whole"]
+    assert read_matrix(place, place / "r.md", place / "plan.yaml").scaling == ["half", "whole"]
