@@ -50,6 +50,7 @@ def test_the_folder_holds_the_model_in_half_the_bytes(export, tiny_model, tmp_pa
         "model.safetensors",
         "README.md",
     }
+    assert len({path.stat().st_mode for path in where.iterdir()}) == 1
     size = sum(path.stat().st_size for path in where.iterdir())
     assert said == f"{where}: {size / 1e6:.1f} MB\n"
     assert (where / "model.safetensors").stat().st_size < 0.6 * (

@@ -55,6 +55,8 @@ def export_model(
         config.save_pretrained(unfinished)
         save_file(weights, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
         (unfinished / "README.md").write_text(card, encoding="utf-8")
+        # safetensors leaves a file that nobody else may read
+        shutil.copymode(unfinished / "README.md", unfinished / WEIGHTS_NAME)
         os.replace(unfinished, destination)
     except BaseException:
         shutil.rmtree(unfinished)
