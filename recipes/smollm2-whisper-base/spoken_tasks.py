@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from speak import DEFAULT_VOICES, Clip, speak  # noqa: E402  # it lies in the folder above
-from voices import check_voices  # noqa: E402
+from voices import check_voices  # noqa: E402  # likewise
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
