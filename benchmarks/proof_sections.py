@@ -47,7 +47,7 @@ def tasks(matrix: Matrix) -> list[str]:
     cells = [["", "set", "task", "figure", *sides]]
     for row, runs in matrix.runs.items():
         for task, found in runs[0].get("tasks", {}).items():
-            for metric in (OWN[task], ROUGE):
+            for metric in (*([OWN[task]] if task in OWN else []), ROUGE):
                 values = [found["rows"].get(side, {}).get(metric) for side in sides]
                 shown = [show(metric, value) for value in values]
                 where = f"{found['set']} ({len(found['ids'])} clips)"

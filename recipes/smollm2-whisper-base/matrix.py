@@ -84,6 +84,12 @@ def main(
         click.echo(f"{row.name:<16} seed {seed}  {steps_of} steps  {states[row.name, seed]}")
     if dry_run:
         return
+    for row, _, config in todo:
+        for task, where in plan.evaluate.extra_tasks.items() if row.tasks else ():
+            if where not in config.data.eval and not Path(where).is_file():
+                raise click.ClickException(
+                    f"evaluate.extra_tasks.{task}: {where} is neither a set of data.eval nor a file"
+                )
     quieten_transformers()
     failed = []
     for row, seed, config in todo:

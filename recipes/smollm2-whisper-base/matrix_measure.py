@@ -90,11 +90,12 @@ def measure_run(
         result["tasks"] = {}
         for task, where in how.extra_tasks.items():
             say(f"asking for {task}: {where}")
+            asked = dataclasses.replace(eval_config, task=task)
             name, clips = where, records.get(where)
             if clips is None:
-                name, clips = Path(where).stem, read_manifest(Path(where))
-            asked = dataclasses.replace(eval_config, task=task)
-            found = _measure_set(listener, shared, name, clips[: how.limit], asked)
+                manifest = read_manifest(Path(where))
+                name, clips = Path(where).stem, select_records(manifest, asked, model.config.prompt)
+            found = _measure_set(listener, shared, name, clips, asked)
             kept = ("ids", "rows", "text", "cascade", "speech", "answers")
             result["tasks"][task] = {"set": name, **{key: found[key] for key in kept}}
     if row.robustness and seed == row.seeds[0] and how.robustness is not None:

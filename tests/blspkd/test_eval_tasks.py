@@ -178,7 +178,7 @@ def test_a_question_is_answered_right_if_an_accepted_text_stands_in_the_answer()
     assert "accuracy" not in score_rows("qa", bare, rows)["speech"]
 
 
-@pytest.mark.parametrize("answers", [None, "Paris", [], ["Paris", 3], ["Paris", " "]])
+@pytest.mark.parametrize("answers", [None, "Paris", [], ["Paris", 3], ["Paris", " "], ["?!"]])
 def test_accepted_answers_that_are_none_are_named(answers):
     extra = {} if answers is None else {"answers": answers}
     records = [record("a", "x", extra={"answers": ["x"]}), record("b", "y", extra=extra)]

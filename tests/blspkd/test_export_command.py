@@ -85,11 +85,11 @@ def test_the_readme_names_the_parts_and_quotes_the_evaluation(
     assert "license: apache-2.0" in card
     assert "--encoder openai/whisper-base --language-model someone/llm" in card
     for line in (
-        "| | held-out-voice, continue (7 clips) |",
+        "|  | held-out-voice, continue (7 clips) |",
         "| token accuracy | 0.750 |",
-        "| speech: transcript wer | 0.125 |",
-        "| cascade: transcript wer | 0.250 |",
-        "| speech: self rouge l | 0.375 |",
+        "| speech: transcript WER % | 12.5 |",
+        "| cascade: transcript WER % | 25.0 |",
+        "| speech: Self-ROUGE-L | 0.375 |",
     ):
         assert line in card
     assert "exact length" not in card

@@ -129,6 +129,12 @@ def test_faults_are_told_before_anything_is_trained(command, plan_file, tmp_path
     other.write_text(yaml.safe_dump(document))
     code, output = command("--plan", str(other))
     assert (code, "unknown key 'sets'" in output) == (1, True)
+    del document["rows"]["conv"]["sets"]
+    document["evaluate"]["extra_tasks"] = {"qa": "nowhere.jsonl"}
+    other.write_text(yaml.safe_dump(document))
+    code, output = command("--plan", str(other))
+    assert (code, "extra_tasks.qa: nowhere.jsonl is neither" in output) == (1, True)
+    assert not (plan_file.parent / "runs").exists()
 
 
 def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, matrix):

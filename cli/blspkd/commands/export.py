@@ -49,9 +49,8 @@ def command(
     size = export_model(
         model,
         folder,
+        config=config,
         dtype=torch_dtype(dtype),
         card=model_card(config, folder.name, evaluations=evaluations, licence=licence),
-        encoder=encoder,
-        language_model=language_model,
     )
     click.echo(f"{folder}: {size / 1e6:.1f} MB")

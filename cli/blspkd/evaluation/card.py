@@ -9,6 +9,9 @@ from typing import Any
 
 from blspkd.model.configuration import BlspKDConfig
 
+from .report import TITLES, show_score
+from .tables import markdown
+
 USE = """\
 ```sh
 pip install blspkd
@@ -68,7 +71,7 @@ def model_card(
         f"Prompt: `{config.prompt}`",
     ]
     if evaluations:
-        text += ["", "## Held-out clips", "", *_figures([_metrics(path) for path in evaluations])]
+        text += ["", "## Held-out clips", "", _figures([_metrics(path) for path in evaluations])]
     return "\n".join(text) + "\n"
 
 
@@ -80,29 +83,21 @@ def _metrics(folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def _figures(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+def _figures(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """One column an evaluation: what the adapter hears, then speech and cascade side by side."""
     heads = [
         f"{Path(found['manifest']).stem}, {found['task']} ({found['clips']} clips)"
         for found in evaluations
     ]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    cells = [["", *heads]]
     for key, label in METERS.items():
         values = [found["meters"].get(key) for found in evaluations]
         if any(value is not None for value in values):
-            lines.append(_row(label, values))
-    scores = [
-        key
-        for key in evaluations[0]["rows"]["speech"]
-        if all(key in found["rows"]["speech"] for found in evaluations)
-    ]
-    for key in scores:
+            shown = ["-" if value is None else f"{value:.3f}" for value in values]
+            cells.append([label, *shown])
+    for key, title in TITLES.items():
         for row in ("speech", "cascade"):
             values = [found["rows"].get(row, {}).get(key) for found in evaluations]
-            lines.append(_row(f"{row}: {key.replace('_', ' ')}", values))
-    return lines
-
-
-def _row(label: str, values: Sequence[float | None]) -> str:
-    shown = ["-" if value is None else f"{value:.3f}" for value in values]
-    return f"| {label} | {' | '.join(shown)} |"
+            if any(value is not None for value in values):
+                cells.append([f"{row}: {title}", *(show_score(key, value) for value in values)])
+    return markdown(cells)

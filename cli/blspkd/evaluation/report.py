@@ -85,7 +85,7 @@ def table(evaluation: Evaluation) -> str:
     names = _metrics_of(evaluation)
     header = ["", *(TITLES[name] for name in names)]
     body = [
-        [row, *(_show(name, evaluation.scores[row].get(name)) for name in names)]
+        [row, *(show_score(name, evaluation.scores[row].get(name)) for name in names)]
         for row in ROWS
         if row in evaluation.scores
     ]
@@ -165,7 +165,8 @@ def _metrics_of(evaluation: Evaluation) -> list[str]:
     return [*measured, "transcript_wer", *SELF_METRICS]
 
 
-def _show(metric: str, value: float | None) -> str:
+def show_score(metric: str, value: float | None) -> str:
+    """A metric as its title in `TITLES` has it; a dash for None."""
     if value is None:
         return "-"
     if metric in PERCENT:
@@ -189,7 +190,7 @@ def _markdown(
         _table(
             ["row", *(TITLES[name] for name in names)],
             [
-                [row, *(_show(name, evaluation.scores[row].get(name)) for name in names)]
+                [row, *(show_score(name, evaluation.scores[row].get(name)) for name in names)]
                 for row in ROWS
                 if row in evaluation.scores
             ],

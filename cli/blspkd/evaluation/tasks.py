@@ -161,7 +161,7 @@ def accepted_answers(records: Sequence[Record], task: Task) -> list[list[str]] |
     for record in records:
         answers = record.extra.get("answers")
         listed = answers if isinstance(answers, list) else []
-        texts = [one for one in listed if isinstance(one, str) and one.strip()]
+        texts = [one for one in listed if isinstance(one, str) and metrics.normalize(one, "any")]
         if not texts or len(texts) < len(listed):
             raise ValueError(
                 f"record {record.id!r}: the column 'answers' must be a list of texts, one of which "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .loading import load_config
+from .configuration import BlspKDConfig
 from .pretrained import WEIGHTS_NAME
 
 
@@ -17,32 +17,28 @@ def export_model(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
+    config: BlspKDConfig,
     dtype: torch.dtype,
     card: str,
-    encoder: str | None = None,
-    language_model: str | None = None,
 ) -> int:
     """Write a trained model without its optimiser, logs and paths, complete or not at all.
 
     Args:
         source: a finished run, or a checkpoint of one.
         destination: a folder that does not exist yet, or is empty.
+        config: of the source, with the parts' names as they are where the folder is going.
         dtype: of the weights in the file; they are float32 again once loaded.
         card: what README.md says.
-        encoder: the encoder's name where the folder is going, such as a hub id.
-        language_model: likewise.
 
     Returns:
         Bytes of the folder.
 
     Raises:
-        ValueError: if there is no trained model, the destination holds something, or a weight does
-            not fit ``dtype``.
+        ValueError: if the destination holds something, or a weight does not fit ``dtype``.
     """
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination}: exists already; name a folder that does not")
-    config = load_config(source, encoder=encoder, language_model=language_model)
     weights = load_file(Path(source) / WEIGHTS_NAME)
     for name, tensor in weights.items():
         if tensor.is_floating_point():
