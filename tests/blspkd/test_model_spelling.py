@@ -1,5 +1,7 @@
 """Spelling codes: near for tokens that are spelled alike, and kept with the weights."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 from blspkd.data.batches import ClipDataset, Collator
 from blspkd.data.manifest import read_manifest
 from blspkd.evaluation.meters import nearest_tokens
-from blspkd.model import pretrained
+from blspkd.model import pretrained, spelling
 from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.loading import load_processor
 from blspkd.model.modeling import BlspKDForConditionalGeneration
@@ -41,6 +43,16 @@ def test_what_is_spelled_alike_has_near_codes(mark):
     near = dict(zip(words, (codes @ codes[words.index("light")]).tolist(), strict=True))
     assert near["light"] > near["night"] > near["window"]
     assert near["light"] > near[f"{mark}light"] > near[f"{mark}window"]
+
+
+def test_all_components_keep_the_cosines_of_the_centred_features():
+    features = [dict(spelling._features(word)) for word in WORDS]
+    counts = Counter(name for one in features for name in one)
+    names = [name for name, count in counts.items() if count >= spelling.RARE]
+    table = torch.tensor([[one.get(name, 0.0) for name in names] for one in features])
+    centred = F.normalize(table - table.mean(dim=0), dim=-1)
+    codes = spelling_codes(WORDS, len(names))
+    torch.testing.assert_close(codes @ codes.T, centred @ centred.T, atol=1e-4, rtol=0)
 
 
 def test_more_components_than_features_are_refused():
