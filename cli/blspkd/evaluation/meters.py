@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from blspkd.model.modeling import BlspKDForConditionalGeneration, BlspKDOutput
 from kd_losses import kl_div_with_logits, response_mask
+from speech_adapters import AdapterOutput
 
 CHUNK = 256
 
@@ -121,6 +122,7 @@ def measure_clips(
                 name: value.to(device) if isinstance(value, Tensor) else value
                 for name, value in batch.items()
             }
+            _encode(model, on_device)
             output = model(**on_device)
             _add_passes(found, model, output)
             if output.adapter.alpha_sum is not None:
@@ -129,6 +131,27 @@ def measure_clips(
     finally:
         model.train(was_training)
     return found
+
+
+def _encode(model: BlspKDForConditionalGeneration, batch: dict[str, Any]) -> None:
+    """Put the encoder's outputs in place of its inputs, which are looked at twice."""
+    if "input_features" in batch:
+        encoded = model.encode(batch.pop("input_features"), batch.pop("feature_attention_mask"))
+        batch["encoder_hidden_states"], batch["encoder_attention_mask"] = encoded
+
+
+def _free_lengths(
+    model: BlspKDForConditionalGeneration, adapter: AdapterOutput, batch: Mapping[str, Tensor]
+) -> Tensor:
+    """How many tokens the adapter makes when nobody tells it, (B,)."""
+    if model.config.length_search:
+        adapter = model.embed_speech(
+            encoder_hidden_states=batch["encoder_hidden_states"],
+            encoder_attention_mask=batch["encoder_attention_mask"],
+        )
+        return adapter.attention_mask.sum(dim=1)
+    assert adapter.alpha_sum is not None
+    return adapter.alpha_sum.round().clamp(min=1)
 
 
 def _add_passes(
@@ -158,14 +181,12 @@ def _add_tokens(
     output: BlspKDOutput,
     batch: Mapping[str, Tensor],
 ) -> None:
-    assert output.adapter.alpha_sum is not None
     speech_mask = batch["speech_mask"].bool()
     size = len(speech_mask)
     nearest = nearest_tokens(model, output.speech_vectors[output.adapter.attention_mask])
     right = nearest == batch["input_ids"][speech_mask]
     found.add("token_accuracy", right, speech_mask.nonzero()[:, 0], size)
-    predicted = output.adapter.alpha_sum.round().clamp(min=1)
-    off = predicted - speech_mask.sum(dim=1)
+    off = _free_lengths(model, output.adapter, batch) - speech_mask.sum(dim=1)
     each = torch.arange(size, device=off.device)
     found.add("length_exact", off == 0, each, size)
     found.add("length_within_one", off.abs() <= 1, each, size)

@@ -86,9 +86,28 @@ def soft_embeddings(
         (B, N, H) in the dtype of ``embedding_weight``.
     """
     dtype = embedding_weight.dtype
-    queries = F.normalize(vectors.float(), dim=-1).to(dtype)
-    share = (F.linear(queries, keys.to(dtype)).float() * scale).softmax(dim=-1)
+    share = (_cosines(vectors, keys.to(dtype)) * scale).softmax(dim=-1)
     return share.to(dtype) @ embedding_weight
+
+
+def token_log_probs(vectors: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Which token each adapter output is, by the log-softmax of scaled cosines.
+
+    Args:
+        vectors: (B, N, H + W), any floating dtype.
+        keys: (V, H + W), see :func:`token_keys`.
+        scale: factor on the cosines.
+
+    Returns:
+        (B, N, V) float32.
+    """
+    return (_cosines(vectors, keys) * scale).log_softmax(dim=-1)
+
+
+def _cosines(vectors: Tensor, keys: Tensor) -> Tensor:
+    """(B, N, V) float32, multiplied in the dtype of the keys, which are unit rows."""
+    queries = F.normalize(vectors.float(), dim=-1).to(keys.dtype)
+    return F.linear(queries, keys).float()
 
 
 def check_head(language_model: PreTrainedModel) -> None:

@@ -16,9 +16,15 @@ from transformers import PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from plora import PLoRAConfig, apply_plora, plora_disabled, plora_mask
-from speech_adapters import AdapterOutput
+from speech_adapters import AdapterOutput, CFormer, search_length
 
-from .adapting import build_adapter, check_head, soft_embeddings, token_keys
+from .adapting import (
+    build_adapter,
+    check_head,
+    soft_embeddings,
+    token_keys,
+    token_log_probs,
+)
 from .configuration import BlspKDConfig
 from .encoder import SpeechEncoder
 from .parts import Part, part_of
@@ -144,7 +150,8 @@ class AssembledModel(PartsModel):
         """Speech to one vector per token; :meth:`readable` makes them the language model's.
 
         Give either mel features (B, M, F) or cached encoder outputs (B, T, D), each with its mask.
-        ``free_running`` is for a :class:`CFormer`.
+        ``free_running`` is for a :class:`CFormer`. ``config.length_search`` acts where neither
+        ``target_lengths`` nor ``max_tokens`` says how many tokens there are.
         """
         if encoder_hidden_states is None or encoder_attention_mask is None:
             if input_features is None or feature_attention_mask is None:
@@ -155,10 +162,20 @@ class AssembledModel(PartsModel):
             encoder_hidden_states, encoder_attention_mask = self.encode(
                 input_features, feature_attention_mask
             )
-        adapter_dtype = next(self.adapter.parameters()).dtype
+        encoder_hidden_states = encoder_hidden_states.to(next(self.adapter.parameters()).dtype)
+        if self.config.length_search and target_lengths is None and max_tokens is None:
+            assert isinstance(self.adapter, CFormer)  # the configuration takes no other with it
+            keys, scale = self.token_keys().float(), self.config.token_scale
+            return search_length(
+                self.adapter,
+                encoder_hidden_states,
+                encoder_attention_mask.bool(),
+                confidence=lambda vectors: token_log_probs(vectors, keys, scale).amax(dim=-1),
+                weight=self.config.length_search,
+            )
         free = {} if free_running is None else {"free_running": free_running}
         out: AdapterOutput = self.adapter(
-            encoder_hidden_states.to(adapter_dtype),
+            encoder_hidden_states,
             encoder_attention_mask.bool(),
             target_lengths=target_lengths,
             max_tokens=max_tokens,

@@ -38,6 +38,9 @@ class BlspKDConfig(PreTrainedConfig):
         token_spelling: width of the spelling code that stands beside each token's embedding in its
             key, and in the adapter's outputs; 0 for none. See
             :func:`blspkd.model.spelling.spelling_codes`.
+        length_search: where the number of tokens is not given, try lengths around the predicted one
+            and take the one whose outputs look most like tokens; the weight of that in
+            :func:`speech_adapters.search_length`. 0 takes the predicted length.
         prompt: what the user turn says; ``{speech}`` stands where the speech goes.
     """
 
@@ -59,6 +62,7 @@ class BlspKDConfig(PreTrainedConfig):
         speech_embedding: SpeechEmbedding = "direct",
         token_scale: float = 30.0,
         token_spelling: int = 0,
+        length_search: float = 0.0,
         prompt: str = DEFAULT_PROMPT,
         **kwargs: Any,
     ) -> None:
@@ -81,6 +85,13 @@ class BlspKDConfig(PreTrainedConfig):
                 "token_spelling needs an adapter that makes one output per text token: set it to "
                 "0, or adapter_type to cformer"
             )
+        if length_search < 0:
+            raise ValueError(f"length_search must be 0 or more, got {length_search}")
+        if length_search and adapter_type != "cformer":
+            raise ValueError(
+                "length_search needs an adapter that makes one output per text token: set it to "
+                "0, or adapter_type to cformer"
+            )
         self.encoder = encoder
         self.language_model = language_model
         self.encoder_fingerprint = encoder_fingerprint
@@ -94,5 +105,6 @@ class BlspKDConfig(PreTrainedConfig):
         self.speech_embedding = speech_embedding
         self.token_scale = token_scale
         self.token_spelling = token_spelling
+        self.length_search = length_search
         self.prompt = prompt
         super().__init__(**kwargs)

@@ -29,6 +29,8 @@ class ModelSection:
         speech_embedding: "direct" (the paper) or "soft".
         token_scale: factor on cosines, for the soft embedding and the token loss.
         token_spelling: width of the spelling code beside each token's embedding there; 0 for none.
+        length_search: weight, against the predicted length, of how much the outputs look like
+            tokens, where the length is not given; 0 takes the predicted length.
         prompt: what the user turn says around ``{speech}``.
         trust_remote_code: run code that a checkpoint brings along.
         start_from: folder of a trained model whose weights this run begins with, instead of fresh
@@ -47,6 +49,7 @@ class ModelSection:
     speech_embedding: SpeechEmbedding = "direct"
     token_scale: float = 30.0
     token_spelling: int = 0
+    length_search: float = 0.0
     prompt: str = DEFAULT_PROMPT
     trust_remote_code: bool = False
     start_from: str | None = None

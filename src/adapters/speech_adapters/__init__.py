@@ -2,6 +2,7 @@
 
 from .cformer import CFormer, CFormerConfig
 from .conv_subsampler import ConvSubsampler, ConvSubsamplerConfig
+from .length_search import search_length
 from .output import AdapterOutput
 from .transformer import Transformer
 
@@ -12,4 +13,5 @@ __all__ = [
     "ConvSubsampler",
     "ConvSubsamplerConfig",
     "Transformer",
+    "search_length",
 ]

@@ -6,14 +6,16 @@ width, H output width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cif import CIF
+from cif import CIF, CIFOutput
 
 from .free_running import fire
 from .inputs import checked_mask
@@ -140,10 +142,7 @@ class CFormer(nn.Module):
         Raises:
             ValueError: a shape does not fit the configuration.
         """
-        mask = checked_mask(hidden_states, attention_mask, self.config.input_size)
-        real_frames = mask.sum(dim=1, keepdim=True)
-        frames, mask = self._stack(hidden_states, mask)
-        frames = self.pre_cif(self.input_projection(frames), mask)
+        frames, mask, real_frames = self._read(hidden_states, attention_mask)
         fired = fire(
             self.cif,
             frames,
@@ -152,6 +151,42 @@ class CFormer(nn.Module):
             free_running=free_running,
             max_tokens=max_tokens,
         )
+        return self._write(fired, real_frames)
+
+    def at_lengths(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, offsets: Iterable[int]
+    ) -> list[AdapterOutput]:
+        """The same clips at several numbers of tokens around the predicted ones.
+
+        Args:
+            hidden_states: (B, T, D), right-padded. They are read once.
+            attention_mask: (B, T) bool or int, True on real frames; None means all are real.
+            offsets: how many tokens more than predicted; negative for fewer, but never below one.
+
+        Returns:
+            One output for each offset, as :meth:`forward` gives it for such target lengths. A clip
+            whose weights sum to 0 has no tokens in any of them.
+        """
+        frames, mask, real_frames = self._read(hidden_states, attention_mask)
+        predicted = self.cif(frames, mask).lengths
+        outputs = []
+        for offset in offsets:
+            lengths = torch.where(predicted > 0, (predicted + offset).clamp(min=1), 0)
+            fired = self.cif(frames, mask, target_lengths=lengths)
+            outputs.append(self._write(fired, real_frames))
+        return outputs
+
+    def _read(
+        self, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Frames as CIF gets them (B, S, W), their mask (B, S), real input frames (B, 1)."""
+        mask = checked_mask(hidden_states, attention_mask, self.config.input_size)
+        real_frames = mask.sum(dim=1, keepdim=True)
+        frames, mask = self._stack(hidden_states, mask)
+        return self.pre_cif(self.input_projection(frames), mask), mask, real_frames
+
+    def _write(self, fired: CIFOutput, real_frames: Tensor) -> AdapterOutput:
+        """What CIF fired, as the language model gets it."""
         tokens = self.post_cif(fired.hidden_states, fired.attention_mask)
         embeddings = self.output_projection(tokens)
         return AdapterOutput(
