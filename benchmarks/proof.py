@@ -136,13 +136,15 @@ def _table(matrix: Matrix, name: str) -> list[list[str]]:
         cells.append(["*cascade*", "", *cascade])
     for row in matrix.adapted:
         own = [mean(metric, matrix.seeds(row, name, metric, CASCADE)) for metric in METRICS]
-        cells.append([f"*cascade* of {matrix.titles[row]}", "", *own])
+        if any(own):
+            cells.append([f"*cascade* of {matrix.titles[row]}", "", *own])
     return cells
 
 
 def _differences(matrix: Matrix) -> list[str]:
     pairs = [(one["first"], one["second"]) for one in [*matrix.claims, *matrix.differences]]
-    pairs += [(row, CASCADE) for row in matrix.listed]
+    if matrix.has_cascade:
+        pairs += [(row, CASCADE) for row in matrix.listed]
     titles = {**matrix.titles, CASCADE: "cascade"}
     cells = [["first less second", "set", *(METRICS[metric] for metric in COMPARED)]]
     missing = []

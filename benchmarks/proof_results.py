@@ -54,6 +54,12 @@ class Matrix:
         return [row for row, runs in self.runs.items() if _is_adapted(runs[0])]
 
     @property
+    def has_cascade(self) -> bool:
+        """Whether any run had Whisper's decoder to compare with; an encoder alone has none."""
+        every = [one for runs in self.runs.values() for run in runs for one in run["sets"].values()]
+        return not every or any(one.get(CASCADE) for one in every)
+
+    @property
     def sets(self) -> dict[str, int]:
         """Held-out sets that any run was measured on, with their number of clips."""
         found: dict[str, int] = {}
