@@ -1,9 +1,10 @@
 """Speak a text: one sentence a line in, a synthetic speech corpus out.
 
-Sentences are cut into clauses of 3 to 15 words, each clause is spoken once by one of the given
-flite, espeak-ng and Piper voices (with a little variety in rate and pitch) and written as 16 kHz
-mono FLAC, beside three manifests: `train.jsonl`, `test-sentences.jsonl` (unseen sentences, voices
-of the training set) and `test-voice.jsonl` (the same unseen sentences, one unseen voice).
+Sentences are cut into clauses of 3 to 15 words (`--max-words` has longer ones for training), each
+clause is spoken once by one of the given flite, espeak-ng and Piper voices (with a little variety
+in rate and pitch) and written as 16 kHz mono FLAC, beside three manifests: `train.jsonl`,
+`test-sentences.jsonl` (unseen sentences, voices of the training set) and `test-voice.jsonl` (the
+same unseen sentences, one unseen voice).
 
     python recipes/speak.py sentences.txt corpus --clips 2000 --jobs 2
 
@@ -82,12 +83,13 @@ class Clip:
         return Path("clips", self.id[-2:], f"{self.id}.flac")
 
 
-def split_clauses(sentence: str) -> list[tuple[str, str]]:
+def split_clauses(sentence: str, max_words: int = MAX_WORDS) -> list[tuple[str, str]]:
     """Cut a sentence into `(spoken, transcript)` clauses of 3 to 15 words.
 
     Punctuation decides first; what is still too long is cut into even parts; what is too short
     joins its neighbour. A part with a digit, a foreign letter or an ambiguous abbreviation is
-    left out.
+    left out. With `max_words` above 15, neighbours are then spoken in one go, with a comma between
+    them, as long as they fit.
     """
     sentence = sentence.replace("\u2019", "'").replace("\u201c", '"').replace("\u201d", '"')
     for short, full in SPELLED_OUT.items():
@@ -111,8 +113,21 @@ def split_clauses(sentence: str) -> list[tuple[str, str]]:
             continue
         clauses.append(open_clause)
         open_clause = words
-    kept = [words for words in clauses if MIN_WORDS <= len(words) <= MAX_WORDS]
-    return [(" ".join(words), " ".join(words).lower()) for words in kept]
+    spoken = [" ".join(w) if MIN_WORDS <= len(w) <= MAX_WORDS else "" for w in clauses]
+    return [(one, one.lower().replace(",", "")) for one in _joined(spoken, max_words) if one]
+
+
+def _joined(clauses: Sequence[str], max_words: int) -> Iterator[str]:
+    """Put what fits into `max_words` together, but nothing over a gap (an empty clause)."""
+    open_clause = ""
+    for clause in clauses:
+        both = f"{open_clause}, {clause}"
+        if max_words > MAX_WORDS and open_clause and clause and len(both.split()) <= max_words:
+            open_clause = both
+            continue
+        yield open_clause
+        open_clause = clause
+    yield open_clause
 
 
 def _even_parts(words: list[str]) -> Iterator[list[str]]:
@@ -132,19 +147,23 @@ def plan_corpus(
     held_out_voice: str,
     seed: int,
     more: Sequence[str] = (),
+    max_words: int = MAX_WORDS,
 ) -> dict[str, list[Clip]]:
     """Decide every clip of the three splits; the same arguments give the same plan.
 
     Returns:
         Clips by split. No clause of a held-out sentence is in `train`, no clause occurs twice
         in a split, and both test splits draw on the same sentences. `more` sentences are only ever
-        trained on.
+        trained on. `max_words` is of `train` alone.
     """
     unique = list(dict.fromkeys(" ".join(line.split()) for line in sentences if line.strip()))
     random.Random(seed).shuffle(unique)
     held_out = _unique_clauses(unique[:held_out_sentences], taken=set())
     taken = {text for _, text in held_out}
-    train = _unique_clauses([*unique[held_out_sentences:], *more], taken=taken)
+    sentences = [*unique[held_out_sentences:], *more]
+    if max_words > MAX_WORDS:  # what is held out may be part of something longer
+        sentences = [s for s in sentences if taken.isdisjoint(t for _, t in split_clauses(s))]
+    train = _unique_clauses(sentences, taken=taken, max_words=max_words)
     random.Random(seed + 1).shuffle(held_out)
     random.Random(seed + 2).shuffle(train)
     wanted = {"train": clips, "test-sentences": test_clips, "test-voice": voice_clips}
@@ -162,10 +181,12 @@ def plan_corpus(
     }
 
 
-def _unique_clauses(sentences: Sequence[str], *, taken: set[str]) -> list[tuple[str, str]]:
+def _unique_clauses(
+    sentences: Sequence[str], *, taken: set[str], max_words: int = MAX_WORDS
+) -> list[tuple[str, str]]:
     clauses: dict[str, str] = {}
     for sentence in sentences:
-        for spoken, text in split_clauses(sentence):
+        for spoken, text in split_clauses(sentence, max_words):
             if text not in taken:
                 clauses.setdefault(text, spoken)
     return [(spoken, text) for text, spoken in clauses.items()]
@@ -249,6 +270,12 @@ def write_split(name: str, clips: Sequence[Clip], root: Path, *, jobs: int) -> N
     help="Comma-separated, taken in turn; a voice named twice speaks twice as often.",
 )
 @click.option("--held-out-voice", default="flite:awb")
+@click.option(
+    "--max-words",
+    default=MAX_WORDS,
+    type=click.IntRange(MAX_WORDS),
+    help="Of a training clip: above 15, neighbouring clauses are joined while they fit.",
+)
 @click.option("--seed", default=0)
 @click.option("--jobs", default=1, type=click.IntRange(1), help="Synthesisers at a time.")
 def main(

@@ -51,6 +51,27 @@ def test_acronyms_keep_their_case_for_the_synthesiser(speak):
     ]
 
 
+LONG = "Although he left, nobody saw him go; they went home, and sat down by the fire."
+
+
+def test_clauses_are_joined_while_they_fit(speak):
+    parts = ["although he left", "nobody saw him go", "they went home", "and sat down by the fire"]
+    assert texts(speak, LONG) == parts
+    assert speak.split_clauses(LONG, 16) == [
+        (", ".join(["Although he left", *parts[1:]]), " ".join(parts))
+    ]
+    long = f"{LONG[:-1]} until the morning came and everybody went to bed"
+    assert [t for _, t in speak.split_clauses(long, 16)] == [
+        "although he left nobody saw him go they went home",
+        "and sat down by the fire until the morning came and everybody went to bed",
+    ]
+    gap = LONG.replace("they went", "in 1963 they went")  # nobody said what is left without the year
+    assert [t for _, t in speak.split_clauses(gap, 30)] == [
+        "although he left nobody saw him go",
+        "and sat down by the fire",
+    ]
+
+
 words = st.lists(st.sampled_from(["oh", "don't", "sea", "7", "Mr.", "x-y"]), max_size=40)
 
 
@@ -85,6 +106,19 @@ def test_more_text_is_trained_on_and_leaves_the_test_sets_alone(speak):
     trained = {clip.text for clip in both["train"]}
     assert "otters build their dams at night" in trained
     assert not trained & {clip.text for clip in both["test-sentences"]}
+
+
+def test_longer_clips_are_trained_on_and_hold_nothing_that_is_held_out(speak):
+    short = plan(speak, clips=9)
+    held_out = [clip.text for clip in short["test-sentences"]]
+    more = [f"A fox came by one day, {held_out[0]}.", "A fox came by one day, and then it left us."]
+    long = plan(speak, more=more, max_words=30, clips=9)
+    for split in ("test-sentences", "test-voice"):
+        assert long[split] == short[split]
+    trained = {clip.text for clip in long["train"]}
+    assert "a fox came by one day and then it left us" in trained
+    assert {len(text.split()) for text in trained} == {10, 11}
+    assert not any(text in one for text in held_out for one in trained)
 
 
 NAMES = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
