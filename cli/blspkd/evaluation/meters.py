@@ -144,7 +144,7 @@ def _free_lengths(
     model: BlspKDForConditionalGeneration, adapter: AdapterOutput, batch: Mapping[str, Tensor]
 ) -> Tensor:
     """How many tokens the adapter makes when nobody tells it, (B,)."""
-    if model.config.length_search:
+    if model.config.finds_lengths:
         adapter = model.embed_speech(
             encoder_hidden_states=batch["encoder_hidden_states"],
             encoder_attention_mask=batch["encoder_attention_mask"],

@@ -3,9 +3,9 @@
 The definition, the same for every row: the row *pretends* on a clip if what it believes to have
 been said has at least `PRETENDED_WORDS` words, written as WER counts them. For the cascade that is
 Whisper's transcript, for the speech row the text nearest to the adapter's outputs at the length
-that it finds by itself. One word is let pass: the adapter always makes at least one token, which
-spells at most a word, and a recogniser's stray "you" is no sentence. An adapter that
-does not make one output per token has no transcript, and so no such rate.
+that it finds by itself. One word is let pass: without a `logprob_threshold` the adapter makes at
+least one token, which spells at most a word, and a recogniser's stray "you" is no sentence. An
+adapter that does not make one output per token has no transcript, and so no such rate.
 
 Beside it stands how often the row's *answer* differs from the language model's answer to an empty
 transcript. That is defined for every adapter, but far stricter: any other wording counts.

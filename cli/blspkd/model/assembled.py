@@ -16,17 +16,12 @@ from transformers import PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from plora import PLoRAConfig, apply_plora, plora_disabled, plora_mask
-from speech_adapters import AdapterOutput, CFormer, search_length
+from speech_adapters import AdapterOutput, CFormer
 
-from .adapting import (
-    build_adapter,
-    check_head,
-    soft_embeddings,
-    token_keys,
-    token_log_probs,
-)
+from .adapting import build_adapter, check_head, soft_embeddings, token_keys
 from .configuration import BlspKDConfig
 from .encoder import SpeechEncoder
+from .hearing import hear
 from .parts import Part, part_of
 from .pretrained import PartsModel
 
@@ -150,8 +145,9 @@ class AssembledModel(PartsModel):
         """Speech to one vector per token; :meth:`readable` makes them the language model's.
 
         Give either mel features (B, M, F) or cached encoder outputs (B, T, D), each with its mask.
-        ``free_running`` is for a :class:`CFormer`. ``config.length_search`` acts where neither
-        ``target_lengths`` nor ``max_tokens`` says how many tokens there are.
+        ``free_running`` is for a :class:`CFormer`. ``config.length_search`` and
+        ``config.logprob_threshold`` act where neither ``target_lengths`` nor ``max_tokens`` says
+        how many tokens there are.
         """
         if encoder_hidden_states is None or encoder_attention_mask is None:
             if input_features is None or feature_attention_mask is None:
@@ -163,15 +159,16 @@ class AssembledModel(PartsModel):
                 input_features, feature_attention_mask
             )
         encoder_hidden_states = encoder_hidden_states.to(next(self.adapter.parameters()).dtype)
-        if self.config.length_search and target_lengths is None and max_tokens is None:
+        if self.config.finds_lengths and target_lengths is None and max_tokens is None:
             assert isinstance(self.adapter, CFormer)  # the configuration takes no other with it
-            keys, scale = self.token_keys().float(), self.config.token_scale
-            return search_length(
+            return hear(
                 self.adapter,
                 encoder_hidden_states,
                 encoder_attention_mask.bool(),
-                confidence=lambda vectors: token_log_probs(vectors, keys, scale).amax(dim=-1),
-                weight=self.config.length_search,
+                token_keys=self.token_keys(),
+                token_scale=self.config.token_scale,
+                length_search=self.config.length_search,
+                logprob_threshold=self.config.logprob_threshold,
             )
         free = {} if free_running is None else {"free_running": free_running}
         out: AdapterOutput = self.adapter(

@@ -41,6 +41,9 @@ class BlspKDConfig(PreTrainedConfig):
         length_search: where the number of tokens is not given, try lengths around the predicted one
             and take the one whose outputs look most like tokens; the weight of that in
             :func:`speech_adapters.search_length`. 0 takes the predicted length.
+        logprob_threshold: where the number of tokens is not given, a clip whose outputs' likeliest
+            tokens have a lower mean log-probability is taken for no speech and gives no tokens;
+            None hears something in every sound.
         prompt: what the user turn says; ``{speech}`` stands where the speech goes.
     """
 
@@ -63,6 +66,7 @@ class BlspKDConfig(PreTrainedConfig):
         token_scale: float = 30.0,
         token_spelling: int = 0,
         length_search: float = 0.0,
+        logprob_threshold: float | None = None,
         prompt: str = DEFAULT_PROMPT,
         **kwargs: Any,
     ) -> None:
@@ -92,6 +96,13 @@ class BlspKDConfig(PreTrainedConfig):
                 "length_search needs an adapter that makes one output per text token: set it to "
                 "0, or adapter_type to cformer"
             )
+        if logprob_threshold is not None and logprob_threshold >= 0:
+            raise ValueError(f"logprob_threshold must be below 0 or null, got {logprob_threshold}")
+        if logprob_threshold is not None and adapter_type != "cformer":
+            raise ValueError(
+                "logprob_threshold needs an adapter that makes one output per text token: set it "
+                "to null, or adapter_type to cformer"
+            )
         self.encoder = encoder
         self.language_model = language_model
         self.encoder_fingerprint = encoder_fingerprint
@@ -106,5 +117,11 @@ class BlspKDConfig(PreTrainedConfig):
         self.token_scale = token_scale
         self.token_spelling = token_spelling
         self.length_search = length_search
+        self.logprob_threshold = logprob_threshold
         self.prompt = prompt
         super().__init__(**kwargs)
+
+    @property
+    def finds_lengths(self) -> bool:
+        """Whether the number of tokens is more than the rounded sum of CIF's weights."""
+        return bool(self.length_search) or self.logprob_threshold is not None

@@ -114,7 +114,8 @@ class BlspKDProcessor(ProcessorMixin):
 
         Args:
             messages: chat turns, exactly one of which contains ``{speech}``, once.
-            transcript: what is said; None leaves one placeholder position for speech.
+            transcript: what is said; None leaves one placeholder position for speech. An empty one
+                has no tokens, not even the space that goes before a word.
             response: the answer, when it is known.
             response_finished: the answer came to its end, so the end token is part of it.
         """
@@ -122,7 +123,8 @@ class BlspKDProcessor(ProcessorMixin):
         if transcript is None:
             spoken = [self.tokenizer.pad_token_id]
         else:
-            spoken = self._ids(lead + transcript.strip(), literal=True)
+            words = transcript.strip()
+            spoken = self._ids(lead + words, literal=True) if words else []
         answer: list[int] = []
         if response is not None:
             answer = self._ids(response, literal=True)

@@ -1,13 +1,17 @@
-"""With a length search, all that hears speech without its text gets the length that it found."""
+"""Where no text says how much was spoken: the length that is found, and speech that is none."""
 
 import pytest
 import torch
 
 from blspkd.data.batches import ClipDataset, Collator
 from blspkd.data.manifest import read_manifest
-from blspkd.evaluation.answers import answer_from_speech, nearest_embedding_transcripts
+from blspkd.evaluation.answers import (
+    answer_from_speech,
+    answer_from_text,
+    nearest_embedding_transcripts,
+)
 from blspkd.evaluation.meters import measure_clips
-from blspkd.model import assembled
+from blspkd.model import hearing
 from blspkd.model.adapting import token_log_probs
 from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.loading import load_model
@@ -36,9 +40,11 @@ def lengths(output):
     [
         ({"length_search": -0.1}, "must be 0 or more"),
         ({"length_search": 1.0, "adapter_type": "conv"}, "adapter_type to cformer"),
+        ({"logprob_threshold": 0.0}, "must be below 0 or null"),
+        ({"logprob_threshold": -1.0, "adapter_type": "conv"}, "adapter_type to cformer"),
     ],
 )
-def test_searches_that_cannot_be_are_refused(options, message):
+def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BlspKDConfig(**options)
 
@@ -80,7 +86,7 @@ def test_meters_transcripts_and_answers_have_the_found_length(setting, monkeypat
         calls.append(options["weight"])
         return adapter.at_lengths(hidden_states, attention_mask, [MORE])[0]
 
-    monkeypatch.setattr(assembled, "search_length", two_more)
+    monkeypatch.setattr(hearing, "search_length", two_more)
     parts = measure_clips(model, [batch]).parts
     text = batch["speech_mask"].sum(dim=1)
     free = model.embed_speech(**speech_of(batch))
@@ -92,8 +98,64 @@ def test_meters_transcripts_and_answers_have_the_found_length(setting, monkeypat
     assert calls == [40.0] * 4
 
 
-def test_the_search_is_saved_with_the_model(setting, tmp_path):
+@pytest.fixture(params=[0.0, 40.0])
+def half_heard(setting, request):
+    """A threshold that one of three clips misses, and what they are without it."""
+    model, processor, records, batch = setting
+    model.config.length_search = request.param
+    out = model.embed_speech(**speech_of(batch))
+    sure = token_log_probs(out.hidden_states, model.token_keys(), model.config.token_scale).amax(-1)
+    means = [row[real].mean().item() for row, real in zip(sure, out.attention_mask, strict=True)]
+    low, high, _ = sorted(means)
+    model.config.logprob_threshold = (low + high) / 2
+    return model, processor, records, batch, out, means.index(low)
+
+
+def test_what_is_like_no_tokens_gives_none(half_heard):
+    model, _, _, batch, before, unlike = half_heard
+    after = model.embed_speech(**speech_of(batch))
+    for clip in range(3):
+        if clip == unlike:
+            assert not after.attention_mask[clip].any()
+            assert not after.hidden_states[clip].any()
+            assert not after.fire_times[clip].any()
+        else:
+            for name in ("attention_mask", "hidden_states", "fire_times"):
+                assert getattr(after, name)[clip].equal(getattr(before, name)[clip])
+    assert after.alpha_sum.equal(before.alpha_sum)
+    given = model.embed_speech(**speech_of(batch), target_lengths=torch.tensor([3, 4, 5]))
+    assert lengths(given).tolist() == [3, 4, 5]
+
+
+def test_no_speech_is_answered_like_an_empty_transcript(half_heard):
+    model, processor, records, _, _, unlike = half_heard
+    model.config.logprob_threshold, some = -1e-6, model.config.logprob_threshold
+    messages = [[{"role": "user", "content": "Say: {speech}"}]] * 3
+    empty = answer_from_text(model, processor, [""] * 3, messages)
+    nothing = answer_from_speech(model, processor, records, messages)  # from all of them
+    assert nothing == empty
+    model.config.logprob_threshold = None
+    everything = answer_from_speech(model, processor, records, messages)
+    model.config.logprob_threshold = some
+    expected = [empty[i] if i == unlike else everything[i] for i in range(3)]
+    assert answer_from_speech(model, processor, records, messages) == expected
+    assert everything[unlike] != empty[unlike]
+
+
+def test_no_speech_has_an_empty_transcript_and_no_length(half_heard):
+    model, processor, records, batch, before, unlike = half_heard
+    transcripts = nearest_embedding_transcripts(model, processor, records)
+    assert transcripts[unlike] == ""
+    text = batch["speech_mask"].sum(dim=1)
+    off = (lengths(before) - text).tolist()
+    off[unlike] = -text[unlike].item()
+    assert [total for total, _ in measure_clips(model, [batch]).parts["length_error"]] == off
+
+
+def test_both_are_saved_with_the_model(setting, tmp_path):
     model, *_ = setting
     model.config.length_search = 3.0
+    model.config.logprob_threshold = -2.0
     model.save_pretrained(tmp_path)
-    assert BlspKDConfig.from_pretrained(tmp_path).length_search == 3.0
+    config = BlspKDConfig.from_pretrained(tmp_path)
+    assert (config.length_search, config.logprob_threshold) == (3.0, -2.0)

@@ -1,0 +1,71 @@
+"""What a CFormer hears where nobody says how many tokens were spoken, or whether any were.
+
+Shapes: B batch, T encoder frames, D encoder width, N speech tokens, H + W adapter output width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from speech_adapters import AdapterOutput, CFormer, search_length
+
+from .adapting import token_log_probs
+
+
+def hear(
+    adapter: CFormer,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    *,
+    token_keys: Tensor,
+    token_scale: float,
+    length_search: float,
+    logprob_threshold: float | None,
+) -> AdapterOutput:
+    """Cut frames at a length that is found, and drop what is like no tokens.
+
+    Args:
+        adapter: in eval mode.
+        hidden_states: (B, T, D), right-padded.
+        attention_mask: (B, T) bool.
+        token_keys: (V, H + W), unit rows.
+        token_scale: as in :class:`blspkd.model.configuration.BlspKDConfig`, like the next two.
+        length_search: 0 for the predicted length.
+        logprob_threshold: None drops nothing.
+    """
+    keys = token_keys.float()
+
+    def confidence(vectors: Tensor) -> Tensor:
+        """(B, N, H + W) to (B, N), the log-probability of the likeliest token."""
+        return token_log_probs(vectors, keys, token_scale).amax(dim=-1)
+
+    if length_search:
+        out = search_length(
+            adapter,
+            hidden_states,
+            attention_mask,
+            confidence=confidence,
+            weight=length_search,
+        )
+    else:
+        out = adapter(hidden_states, attention_mask)
+    if logprob_threshold is None:
+        return out
+    return _drop_unlike(out, confidence(out.hidden_states), logprob_threshold)
+
+
+def _drop_unlike(out: AdapterOutput, log_probs: Tensor, threshold: float) -> AdapterOutput:
+    """No tokens from clips whose mean log-probability (of (B, N)) is below the threshold."""
+    assert out.fire_times is not None
+    counts = out.attention_mask.sum(dim=1)
+    means = log_probs.masked_fill(~out.attention_mask, 0.0).sum(dim=1) / counts.clamp(min=1)
+    heard = out.attention_mask & (means >= threshold)[:, None]
+    return dataclasses.replace(
+        out,
+        hidden_states=out.hidden_states.masked_fill(~heard[..., None], 0.0),
+        attention_mask=heard,
+        fire_times=out.fire_times.masked_fill(~heard, 0.0),
+    )
