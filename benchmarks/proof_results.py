@@ -56,8 +56,8 @@ class Matrix:
     @property
     def has_cascade(self) -> bool:
         """Whether any run had Whisper's decoder to compare with; an encoder alone has none."""
-        every = [one for runs in self.runs.values() for run in runs for one in run["sets"].values()]
-        return not every or any(one.get(CASCADE) for one in every)
+        every = [run for runs in self.runs.values() for run in runs]
+        return any(one.get(CASCADE) for run in every for one in run["sets"].values())
 
     @property
     def sets(self) -> dict[str, int]:

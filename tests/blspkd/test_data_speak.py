@@ -65,9 +65,8 @@ def test_clauses_are_joined_while_they_fit(speak):
         "although he left nobody saw him go they went home",
         "and sat down by the fire until the morning came and everybody went to bed",
     ]
-    gap = LONG.replace(
-        "they went", "in 1963 they went"
-    )  # nobody said what is left without the year
+    # nobody said what is left without the year
+    gap = LONG.replace("they went", "in 1963 they went")
     assert [t for _, t in speak.split_clauses(gap, 30)] == [
         "although he left nobody saw him go",
         "and sat down by the fire",

@@ -84,25 +84,20 @@ class BlspKDConfig(PreTrainedConfig):
             raise ValueError(f"token_scale must be positive, got {token_scale}")
         if token_spelling < 0:
             raise ValueError(f"token_spelling must be 0 or more, got {token_spelling}")
-        if token_spelling and adapter_type != "cformer":
-            raise ValueError(
-                "token_spelling needs an adapter that makes one output per text token: set it to "
-                "0, or adapter_type to cformer"
-            )
         if length_search < 0:
             raise ValueError(f"length_search must be 0 or more, got {length_search}")
-        if length_search and adapter_type != "cformer":
-            raise ValueError(
-                "length_search needs an adapter that makes one output per text token: set it to "
-                "0, or adapter_type to cformer"
-            )
         if logprob_threshold is not None and logprob_threshold >= 0:
             raise ValueError(f"logprob_threshold must be below 0 or null, got {logprob_threshold}")
-        if logprob_threshold is not None and adapter_type != "cformer":
-            raise ValueError(
-                "logprob_threshold needs an adapter that makes one output per text token: set it "
-                "to null, or adapter_type to cformer"
-            )
+        for name, used, unused in (
+            ("token_spelling", token_spelling > 0, "0"),
+            ("length_search", length_search > 0, "0"),
+            ("logprob_threshold", logprob_threshold is not None, "null"),
+        ):
+            if used and adapter_type != "cformer":
+                raise ValueError(
+                    f"{name} needs an adapter that makes one output per text token: set it to "
+                    f"{unused}, or adapter_type to cformer"
+                )
         self.encoder = encoder
         self.language_model = language_model
         self.encoder_fingerprint = encoder_fingerprint

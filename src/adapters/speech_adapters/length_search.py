@@ -91,7 +91,7 @@ def _rows(tried: list[AdapterOutput], chosen: Tensor) -> AdapterOutput:
         fitted = []
         for tensor in tensors:
             assert tensor is not None
-            missing = longest - tensor.shape[1]
+            missing = longest - tensor.shape[1]  # negative where only others' lengths were longer
             fitted.append(F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing)))
         return torch.stack(fitted)[chosen, clips]
 
