@@ -22,6 +22,7 @@ MORE = 2
 @pytest.fixture
 def setting(tiny_model, tiny_corpus):
     model, processor = load_model(tiny_model)
+    model.language_model.config.bos_token_id = 1
     records = read_manifest(tiny_corpus.manifest)[:3]
     dataset = ClipDataset(records, processor, prompt="Say: {speech}")
     return model.eval(), processor, records, Collator(processor)([dataset[i] for i in range(3)])
@@ -38,7 +39,12 @@ def lengths(output):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length_search": -0.1}, "must be 0 or more"),
+        ({"length_search": -0.1}, "length_search must be 0 or more"),
+        (
+            {"length_search": 1.0, "length_search_lm_weight": -0.1},
+            "length_search_lm_weight must be 0 or more",
+        ),
+        ({"length_search_lm_weight": 0.5}, "give length_search too"),
         ({"length_search": 1.0, "adapter_type": "conv"}, "adapter_type to cformer"),
         ({"logprob_threshold": 0.0}, "must be below 0 or null"),
         ({"logprob_threshold": -1.0, "adapter_type": "conv"}, "adapter_type to cformer"),
@@ -49,11 +55,22 @@ def test_options_that_cannot_be_are_refused(options, message):
         BlspKDConfig(**options)
 
 
-def test_outputs_like_tokens_decide(setting):
+def read_one_by_one(model, tokens):
+    """(N,) token ids to their (N,) log-probabilities, without a batch and without padding."""
+    beginning = [model.language_model.config.bos_token_id]
+    with model.untouched():
+        logits = model.language_model(input_ids=torch.tensor([beginning + tokens.tolist()])).logits
+    return logits[0, :-1].log_softmax(-1)[range(len(tokens)), tokens]
+
+
+@pytest.mark.parametrize("lm_weight", [0.0, 2.0])
+def test_outputs_like_tokens_decide(setting, lm_weight):
     """The score of the found length, computed here anew, is that of the best one."""
     model, _, _, batch = setting
     predicted = model.embed_speech(**speech_of(batch))
     model.config.length_search = 40.0
+    without = lengths(model.embed_speech(**speech_of(batch)))
+    model.config.length_search_lm_weight = lm_weight
     found = lengths(model.embed_speech(**speech_of(batch)))
     scores = []
     for more in range(-MORE, MORE + 1):
@@ -61,11 +78,35 @@ def test_outputs_like_tokens_decide(setting):
         out = model.embed_speech(**speech_of(batch), target_lengths=wanted)
         assert lengths(out).equal(wanted)
         sure = token_log_probs(out.hidden_states, model.token_keys(), model.config.token_scale)
-        sure = sure.amax(-1).masked_fill(~out.attention_mask, 0.0).sum(1) / wanted
-        scores.append(40.0 * sure - (wanted - out.alpha_sum) ** 2)
+        sure, tokens = sure.max(-1)
+        means = []
+        for clip, length in enumerate(wanted):
+            own = sure[clip, :length] + lm_weight * read_one_by_one(model, tokens[clip, :length])
+            means.append(own.mean())
+        scores.append(40.0 * torch.stack(means) - (wanted - out.alpha_sum) ** 2)
     best = (lengths(predicted) + torch.stack(scores).argmax(0) - MORE).clamp(min=1)
     assert found.equal(best)
     assert not found.equal(lengths(predicted))
+    assert found.equal(without) == (lm_weight == 0)
+
+
+def test_the_language_model_judges_text_without_plora(setting):
+    model, *_ = setting
+    adapted = [p for name, p in model.language_model.named_parameters() if "lora_" in name]
+    assert adapted
+    for parameter in adapted:
+        torch.nn.init.normal_(parameter)
+    tokens = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    judged = model.text_log_probs(tokens)
+    torch.testing.assert_close(judged[1], read_one_by_one(model, tokens[1]))
+    assert model.text_log_probs(tokens[:, :0]).shape == (2, 0)
+    model.language_model.config.bos_token_id = None
+    rest = model.text_log_probs(tokens)
+    assert not rest[:, 0].any()
+    with model.untouched():
+        logits = model.language_model(input_ids=tokens).logits.log_softmax(-1)
+    torch.testing.assert_close(rest[:, 2], logits[[0, 1], 1, tokens[:, 2]])
+    assert not model.text_log_probs(tokens[:, :1]).any()
 
 
 def test_given_lengths_are_kept(setting):
@@ -152,10 +193,12 @@ def test_no_speech_has_an_empty_transcript_and_no_length(half_heard):
     assert [total for total, _ in measure_clips(model, [batch]).parts["length_error"]] == off
 
 
-def test_both_are_saved_with_the_model(setting, tmp_path):
+def test_they_are_saved_with_the_model(setting, tmp_path):
     model, *_ = setting
     model.config.length_search = 3.0
+    model.config.length_search_lm_weight = 0.5
     model.config.logprob_threshold = -2.0
     model.save_pretrained(tmp_path)
     config = BlspKDConfig.from_pretrained(tmp_path)
-    assert (config.length_search, config.logprob_threshold) == (3.0, -2.0)
+    assert (config.length_search, config.length_search_lm_weight) == (3.0, 0.5)
+    assert config.logprob_threshold == -2.0

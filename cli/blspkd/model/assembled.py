@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -168,6 +169,8 @@ class AssembledModel(PartsModel):
                 token_keys=self.token_keys(),
                 token_scale=self.config.token_scale,
                 length_search=self.config.length_search,
+                lm_weight=self.config.length_search_lm_weight,
+                read=self.text_log_probs,
                 logprob_threshold=self.config.logprob_threshold,
             )
         free = {} if free_running is None else {"free_running": free_running}
@@ -186,6 +189,23 @@ class AssembledModel(PartsModel):
         if self.config.speech_embedding == "direct":
             return vectors[..., : weight.shape[1]]
         return soft_embeddings(vectors, self.token_keys(), weight, self.config.token_scale)
+
+    @torch.no_grad()
+    def text_log_probs(self, token_ids: Tensor) -> Tensor:
+        """How likely the language model finds each token of a text: ids (B, N) to (B, N), in nats.
+
+        A token is judged after those before it, the first one after the token that begins a text;
+        where the language model has no such token, the first one counts 0.
+        """
+        start = self.language_model.config.get_text_config().bos_token_id
+        sequence = token_ids if start is None else F.pad(token_ids, (1, 0), value=start)
+        if sequence.shape[1] < 2:
+            return torch.zeros(token_ids.shape, device=token_ids.device)
+        with self.plora_on(None):
+            logits = self.language_model(input_ids=sequence[:, :-1], use_cache=False).logits
+        log_probs = logits.float().log_softmax(dim=-1)
+        judged = log_probs.gather(-1, sequence[:, 1:, None]).squeeze(-1)
+        return F.pad(judged, (token_ids.shape[1] - judged.shape[1], 0))
 
     def plora_on(self, speech_mask: Tensor | None) -> AbstractContextManager[Any]:
         """PLoRA on these positions (B, S), or nowhere; on all of them with ``plain_lora``."""

@@ -41,6 +41,9 @@ class BlspKDConfig(PreTrainedConfig):
         length_search: where the number of tokens is not given, try lengths around the predicted one
             and take the one whose outputs look most like tokens; the weight of that in
             :func:`speech_adapters.search_length`. 0 takes the predicted length.
+        length_search_lm_weight: outputs look like tokens by their own log-probability and, with
+            this factor, by that of the language model, which reads their likeliest tokens as text;
+            0 leaves it unasked.
         logprob_threshold: where the number of tokens is not given, a clip whose outputs' likeliest
             tokens have a lower mean log-probability is taken for no speech and gives no tokens;
             None hears something in every sound.
@@ -66,6 +69,7 @@ class BlspKDConfig(PreTrainedConfig):
         token_scale: float = 30.0,
         token_spelling: int = 0,
         length_search: float = 0.0,
+        length_search_lm_weight: float = 0.0,
         logprob_threshold: float | None = None,
         prompt: str = DEFAULT_PROMPT,
         **kwargs: Any,
@@ -84,8 +88,17 @@ class BlspKDConfig(PreTrainedConfig):
             raise ValueError(f"token_scale must be positive, got {token_scale}")
         if token_spelling < 0:
             raise ValueError(f"token_spelling must be 0 or more, got {token_spelling}")
-        if length_search < 0:
-            raise ValueError(f"length_search must be 0 or more, got {length_search}")
+        for name, weight in (
+            ("length_search", length_search),
+            ("length_search_lm_weight", length_search_lm_weight),
+        ):
+            if weight < 0:
+                raise ValueError(f"{name} must be 0 or more, got {weight}")
+        if length_search_lm_weight and not length_search:
+            raise ValueError(
+                "length_search_lm_weight says how length_search scores a length: give "
+                "length_search too"
+            )
         if logprob_threshold is not None and logprob_threshold >= 0:
             raise ValueError(f"logprob_threshold must be below 0 or null, got {logprob_threshold}")
         for name, used, unused in (
@@ -112,6 +125,7 @@ class BlspKDConfig(PreTrainedConfig):
         self.token_scale = token_scale
         self.token_spelling = token_spelling
         self.length_search = length_search
+        self.length_search_lm_weight = length_search_lm_weight
         self.logprob_threshold = logprob_threshold
         self.prompt = prompt
         super().__init__(**kwargs)

@@ -7,12 +7,16 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import Tensor
 
 from speech_adapters import AdapterOutput, CFormer, search_length
 
 from .adapting import token_log_probs
+
+Reading = Callable[[Tensor], Tensor]
+"""Token ids (B, N) to (B, N): the log-probability of each after those before it."""
 
 
 def hear(
@@ -23,6 +27,8 @@ def hear(
     token_keys: Tensor,
     token_scale: float,
     length_search: float,
+    lm_weight: float,
+    read: Reading,
     logprob_threshold: float | None,
 ) -> AdapterOutput:
     """Cut frames at a length that is found, and drop what is like no tokens.
@@ -32,15 +38,22 @@ def hear(
         hidden_states: (B, T, D), right-padded.
         attention_mask: (B, T) bool.
         token_keys: (V, H + W), unit rows.
-        token_scale: as in :class:`blspkd.model.configuration.BlspKDConfig`, like the next two.
-        length_search: 0 for the predicted length.
+        token_scale: as in :class:`blspkd.model.configuration.BlspKDConfig`.
+        length_search: weight of the outputs' confidence; 0 for the predicted length.
+        lm_weight: how much ``read`` counts in that, against the adapter's own log-probabilities.
+        read: the language model as a judge of text.
         logprob_threshold: None drops nothing.
     """
     keys = token_keys.float()
 
+    def likeliest(vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, H + W) to (B, N) and (B, N): log-probability and id of the likeliest token."""
+        log_probs, tokens = token_log_probs(vectors, keys, token_scale).max(dim=-1)
+        return log_probs, tokens
+
     def confidence(vectors: Tensor) -> Tensor:
-        """(B, N, H + W) to (B, N), the log-probability of the likeliest token."""
-        return token_log_probs(vectors, keys, token_scale).amax(dim=-1)
+        log_probs, tokens = likeliest(vectors)
+        return log_probs + lm_weight * read(tokens) if lm_weight else log_probs
 
     if length_search:
         out = search_length(
@@ -54,7 +67,7 @@ def hear(
         out = adapter(hidden_states, attention_mask)
     if logprob_threshold is None:
         return out
-    return _drop_unlike(out, confidence(out.hidden_states), logprob_threshold)
+    return _drop_unlike(out, likeliest(out.hidden_states)[0], logprob_threshold)
 
 
 def _drop_unlike(out: AdapterOutput, log_probs: Tensor, threshold: float) -> AdapterOutput:

@@ -31,6 +31,7 @@ class ModelSection:
         token_spelling: width of the spelling code beside each token's embedding there; 0 for none.
         length_search: weight, against the predicted length, of how much the outputs look like
             tokens, where the length is not given; 0 takes the predicted length.
+        length_search_lm_weight: how much the language model has a say in that; 0 for none.
         logprob_threshold: below which mean log-probability of its tokens a clip is taken for no
             speech, where the length is not given; null never.
         prompt: what the user turn says around ``{speech}``.
@@ -52,6 +53,7 @@ class ModelSection:
     token_scale: float = 30.0
     token_spelling: int = 0
     length_search: float = 0.0
+    length_search_lm_weight: float = 0.0
     logprob_threshold: float | None = None
     prompt: str = DEFAULT_PROMPT
     trust_remote_code: bool = False
