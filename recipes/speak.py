@@ -22,10 +22,11 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -226,30 +227,39 @@ def speak(clip: Clip, root: Path) -> float:
 
 
 def write_split(name: str, clips: Sequence[Clip], root: Path, *, jobs: int) -> None:
-    """Speak all clips of a split, then write its manifest in one step."""
-    rows: list[dict[str, str | float]] = []
+    """Speak all clips of a split, then write its manifest."""
+    rows: list[dict[str, Any]] = []
     hours = 0.0
     start = last = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:  # the work is in the synthesiser's processes
         for clip, duration in zip(clips, pool.map(lambda c: speak(c, root), clips), strict=True):
             hours += duration / 3600
-            rows.append(
-                {
-                    "audio": clip.path.as_posix(),
-                    "text": clip.text,
-                    "id": clip.id,
-                    "duration": round(duration, 3),
-                    "voice": clip.voice,
-                }
-            )
+            rows.append(manifest_row(clip, duration))
             if time.monotonic() - last > (1 if sys.stderr.isatty() else 60):
                 last = time.monotonic()
                 speed = len(rows) / (last - start)
                 click.echo(f"{name}: {len(rows)}/{len(clips)} clips, {speed:.1f}/s", err=True)
-    partial = root / f".{name}.jsonl.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, root / f"{name}.jsonl")
+    write_manifest(root / f"{name}.jsonl", rows)
     click.echo(f"{root / f'{name}.jsonl'}: {len(rows)} clips, {hours:.2f} h")
+
+
+def manifest_row(clip: Clip, duration: float) -> dict[str, Any]:
+    """What a manifest says of a spoken clip, which lasts so many seconds."""
+    return {
+        "audio": clip.path.as_posix(),
+        "text": clip.text,
+        "id": clip.id,
+        "duration": round(duration, 3),
+        "voice": clip.voice,
+    }
+
+
+def write_manifest(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """All of it, or, when interrupted, what was there before."""
+    partial = path.with_name(f".{path.name}.partial")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    partial.write_text("".join(lines), encoding="utf-8")
+    os.replace(partial, path)
 
 
 @click.command(context_settings={"show_default": True})

@@ -11,7 +11,6 @@ clips are spoken as `speak.py` speaks, and lie beside its own.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,13 @@ import click
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from speak import DEFAULT_VOICES, Clip, speak  # noqa: E402  # it lies in the folder above
+from speak import (  # noqa: E402  # it lies in the folder above
+    DEFAULT_VOICES,
+    Clip,
+    manifest_row,
+    speak,
+    write_manifest,
+)
 from voices import check_voices  # noqa: E402  # likewise
 
 
@@ -73,20 +78,13 @@ def main(out: Path, texts: Path, voices: str) -> None:
             {**_spoken(sentence, index, cast, out), **columns(beside)}
             for index, (sentence, beside) in enumerate(read_pairs(texts / f"{name}.tsv"))
         ]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_manifest(out / f"{name}.jsonl", rows)
         click.echo(f"{out / name}.jsonl: {len(rows)} clips")
 
 
 def _spoken(sentence: str, index: int, cast: Sequence[str], out: Path) -> dict[str, Any]:
     clip = Clip(sentence, sentence, cast[index % len(cast)], rate=1.0, pitch=1.0)
-    return {
-        "audio": clip.path.as_posix(),
-        "text": sentence,
-        "id": clip.id,
-        "duration": round(speak(clip, out), 3),
-        "voice": clip.voice,
-    }
+    return manifest_row(clip, speak(clip, out))
 
 
 if __name__ == "__main__":
