@@ -1,12 +1,16 @@
 """`blspkd generate` as it is typed."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import soundfile
 
 from blspkd.__main__ import main
+from blspkd.data.manifest import read_manifest
+from blspkd.evaluation.answers import nearest_embedding_transcripts
+from blspkd.model.loading import load_model
 
 
 @pytest.fixture
@@ -72,6 +76,37 @@ def test_bad_input_is_told_before_any_weights_are_loaded(generate, tmp_path, mon
         assert message in err
     code, _, err = generate(tmp_path / "short.wav", "--prompt", "no place for speech")
     assert (code, "exactly once" in err) == (1, True)
+
+
+def test_what_was_heard_is_told_too(generate, tiny_model, tiny_corpus, monkeypatch):
+    clips = tiny_corpus.audio[:2]
+    code, out, err = generate(*clips, "--json", "--transcript")
+    assert code == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    model, processor = load_model(tiny_model)
+    records = read_manifest(tiny_corpus.manifest)[:2]
+    heard = nearest_embedding_transcripts(model, processor, records)
+    assert [row["transcript"] for row in found] == heard
+    assert all(heard)
+    code, out, _ = generate(clips[0], "--transcript")
+    assert (code, out) == (0, f"heard: {heard[0]}\n{found[0]['answer']}\n")
+    assert "transcript" not in json.loads(generate(clips[0], "--json")[1])
+    deaf = lambda *args, **kwargs: [""]  # noqa: E731  # a name would say no more
+    monkeypatch.setattr("blspkd.evaluation.clips.nearest_embedding_transcripts", deaf)
+    code, out, _ = generate(clips[0], "--transcript")
+    assert out == f"heard no speech\n{found[0]['answer']}\n"
+
+
+def test_only_adapters_with_tokens_have_a_transcript(tiny_model, tiny_corpus, tmp_path, capsys):
+    folder = shutil.copytree(tiny_model, tmp_path / "conv")
+    config = json.loads((folder / "config.json").read_text())
+    config.update(adapter_type="conv", adapter={}, token_spelling=0, length_search=0)
+    (folder / "config.json").write_text(json.dumps(config))
+    code = main(["generate", str(folder), str(tiny_corpus.audio[0]), "--transcript"])
+    out = capsys.readouterr()
+    assert (code, out.out) == (1, "")
+    assert "--transcript needs an adapter" in out.err
+    assert f"{folder} is conv" in out.err
 
 
 def test_sampling_needs_a_sensible_range(generate, tiny_corpus):

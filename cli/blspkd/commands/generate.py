@@ -24,6 +24,7 @@ from .options import model_options, torch_dtype
 @click.option("--num-beams", default=1, type=click.IntRange(1), help="Above 1: beam search.")
 @click.option("--batch-size", default=8, type=click.IntRange(1), help="Clips at a time.")
 @click.option("--seed", default=0, help="With --temperature.")
+@click.option("--transcript", is_flag=True, help="Say what was heard, too: the nearest tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one json object a clip.")
 @model_options
 def command(
@@ -36,6 +37,7 @@ def command(
     num_beams: int,
     batch_size: int,
     seed: int,
+    transcript: bool,
     as_json: bool,
     encoder: str | None,
     language_model: str | None,
@@ -47,7 +49,7 @@ def command(
 
     Clips last 0.1 to 30 s. Any sampling rate and number of channels will do.
     """
-    from blspkd.evaluation.clips import answer_clips, read_clips
+    from blspkd.evaluation.clips import answer_clips, read_clips, transcribe_clips
     from blspkd.model.decoding import Decoding
     from blspkd.model.loading import load_config, load_model, quieten_transformers
 
@@ -56,6 +58,11 @@ def command(
     )
     quieten_transformers()
     config = load_config(model, encoder=encoder, language_model=language_model)
+    if transcript and config.adapter_type != "cformer":
+        raise ValueError(
+            "--transcript needs an adapter that makes one output per text token, and that of "
+            f"{model} is {config.adapter_type}: leave it out"
+        )
     clips = read_clips(audio, prompt=config.prompt if prompt is None else prompt)
     for clip in clips:
         if clip.silent:
@@ -71,7 +78,12 @@ def command(
     answers = answer_clips(
         speech_model, processor, clips, decoding=decoding, batch_size=batch_size, seed=seed
     )
-    for index, (clip, answer) in enumerate(zip(clips, answers, strict=True)):
+    heard = (
+        transcribe_clips(speech_model, processor, clips, batch_size=batch_size)
+        if transcript
+        else [None] * len(clips)
+    )
+    for index, (clip, answer, words) in enumerate(zip(clips, answers, heard, strict=True)):
         if as_json:
             row = {
                 "audio": str(clip.path),
@@ -79,8 +91,12 @@ def command(
                 "duration": round(clip.duration, 3),
                 "silent": clip.silent,
             }
+            if words is not None:
+                row["transcript"] = words
             click.echo(json.dumps(row, ensure_ascii=False))
             continue
         if len(clips) > 1:
             click.echo(("\n" if index else "") + f"==> {clip.path} <==")
+        if words is not None:
+            click.echo(f"heard: {words}" if words else "heard no speech")
         click.echo(answer)

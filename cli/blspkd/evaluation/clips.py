@@ -14,7 +14,7 @@ from blspkd.model.decoding import GREEDY, Decoding
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import PLACEHOLDER, BlspKDProcessor, Messages, as_messages
 
-from .answers import answer_from_speech
+from .answers import answer_from_speech, nearest_embedding_transcripts
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,33 @@ def answer_clips(
         seed: Of what is drawn at random.
     """
     torch.manual_seed(seed)
-    records = [Record(audio=clip.path, text="", id=str(clip.path)) for clip in clips]
     return answer_from_speech(
         model,
         processor,
-        records,
+        _records(clips),
         [clip.messages for clip in clips],
         decoding=decoding,
         batch_size=batch_size,
     )
+
+
+def transcribe_clips(
+    model: BlspKDForConditionalGeneration,
+    processor: BlspKDProcessor,
+    clips: Sequence[LooseClip],
+    *,
+    batch_size: int = 8,
+) -> list[str]:
+    """What was heard in clips, see `nearest_embedding_transcripts`; empty where no speech was.
+
+    Args:
+        model: The speech LLM, with a CFormer.
+        processor: The model's.
+        clips: See `read_clips`.
+        batch_size: Clips at a time.
+    """
+    return nearest_embedding_transcripts(model, processor, _records(clips), batch_size=batch_size)
+
+
+def _records(clips: Sequence[LooseClip]) -> list[Record]:
+    return [Record(audio=clip.path, text="", id=str(clip.path)) for clip in clips]
