@@ -86,8 +86,11 @@ def test_a_clip_has_the_same_length_alone_and_in_a_batch(adapter):
 
 def test_no_length_is_below_one_and_no_weight_gives_no_token(adapter):
     frames, _ = clips()
-    found = search_length(adapter, frames[:1, :2], confidence=sure_at(1), weight=100.0, radius=5)
-    assert found.attention_mask.sum() == 1
+    for confidence in (sure_at(1), sure_at(100)):  # the latter would like no outputs at all
+        found = search_length(
+            adapter, frames[:1, :2], confidence=confidence, weight=100.0, radius=5
+        )
+        assert found.attention_mask.sum() == 1
     nothing = torch.zeros(1, 4, dtype=torch.bool)
     found = search_length(adapter, frames[:1, :4], nothing, confidence=sure_at(1), weight=1.0)
     assert found.hidden_states.shape == (1, 0, OUTPUT)

@@ -15,6 +15,7 @@ from blspkd.model import hearing
 from blspkd.model.adapting import token_log_probs
 from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.loading import load_model
+from plora import plora_mask
 
 MORE = 2
 
@@ -97,7 +98,8 @@ def test_the_language_model_judges_text_without_plora(setting):
     for parameter in adapted:
         torch.nn.init.normal_(parameter)
     tokens = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    judged = model.text_log_probs(tokens)
+    with plora_mask(torch.ones(2, 4, dtype=torch.bool)):
+        judged = model.text_log_probs(tokens)
     torch.testing.assert_close(judged[1], read_one_by_one(model, tokens[1]))
     assert model.text_log_probs(tokens[:, :0]).shape == (2, 0)
     model.language_model.config.bos_token_id = None
@@ -166,6 +168,16 @@ def test_what_is_like_no_tokens_gives_none(half_heard):
     assert after.alpha_sum.equal(before.alpha_sum)
     given = model.embed_speech(**speech_of(batch), target_lengths=torch.tensor([3, 4, 5]))
     assert lengths(given).tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("half_heard", [40.0], indirect=True)
+def test_the_language_model_has_no_say_in_whether_there_is_speech(half_heard, monkeypatch):
+    model, _, _, batch, *_ = half_heard
+    without = model.embed_speech(**speech_of(batch))
+    model.config.length_search_lm_weight = 1.0
+    # the same of every token: it changes no length, and each mean by more than the threshold
+    monkeypatch.setattr(model, "text_log_probs", lambda ids: torch.full(ids.shape, -100.0))
+    assert lengths(model.embed_speech(**speech_of(batch))).equal(lengths(without))
 
 
 def test_no_speech_is_answered_like_an_empty_transcript(half_heard):
