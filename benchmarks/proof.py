@@ -33,6 +33,7 @@ DOCUMENTS = {
 """Plan and result files of each document."""
 COMPARED = ("self_rouge_l", "self_bleu", "response_kl", "input_kl", "transcript_wer")
 DECIDING = "self_rouge_l"
+BEST = "recipe"
 HOW_TO_READ = """\
 *Input KL* and *response KL*: nats from the language model's reading of text to its reading of
 speech, after each token of the utterance and over the recorded response. *top-1*: how often both
@@ -169,6 +170,22 @@ def _differences(matrix: Matrix) -> list[str]:
     if missing:
         text.append(f"Not run: {'; '.join(missing)}.")
     return text
+
+
+def best_row() -> str:
+    """What the README shows of the recipe that is meant to be good: a column per held-out set."""
+    path = ROOT / "docs" / "results.md"
+    plan, results = DOCUMENTS[path]
+    matrix = read_matrix(results, path, plan)
+    cells = [["", *(f"{name} ({clips})" for name, clips in matrix.sets.items())]]
+    for metric, label in METRICS.items():
+        row = [label]
+        for name in matrix.sets:
+            cascade = mean(metric, matrix.seeds(CASCADE, name, metric))
+            row.append(mean(metric, matrix.seeds(BEST, name, metric)))
+            row[-1] += f" (cascade {cascade})" if cascade else ""
+        cells.append(row)
+    return markdown(cells)
 
 
 def write(results: Path, path: Path, plan: Path) -> None:

@@ -7,7 +7,8 @@
 results/NAME.json. `write` fills each part of a README between `<!-- results: NAME -->` and
 `<!-- end of results -->`: from results/NAME.json or, where that is what a benchmark left, by the
 function `table` of the benchmark that results/BENCHMARK-DEVICE.jsonl is named after, with the chart
-beside it. A test checks that every README is what it writes.
+beside it; where NAME is "best", by `benchmarks.proof`. A test checks that every README is what it
+writes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks import proof
 from benchmarks.measure import machine, read
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +120,9 @@ def filled(document: Path) -> str:
         path = RESULTS / f"{match[1]}.json"
         rows = path.with_suffix(".jsonl")
         body = ""
-        if path.exists():
+        if match[1] == "best":
+            body = proof.best_row() + "\n"
+        elif path.exists():
             body = text(match[1], json.loads(path.read_text())) + "\n"
         elif rows.exists():
             body = bench_text(match[1], read(rows), os.path.relpath(RESULTS, document.parent))

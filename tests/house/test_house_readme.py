@@ -22,6 +22,19 @@ def test_every_part_has_its_results():
         assert json.loads((RESULTS / f"{name}.json").read_text())["after"]
 
 
+def test_the_best_recipe_is_shown_as_the_matrix_has_it():
+    readme_text = (ROOT / "README.md").read_text("utf-8")
+    part = readme_text.partition("<!-- results: best -->")[2].partition("<!--")[0]
+    columns = list(zip(*(line.split(" | ")[1:] for line in part.strip().splitlines()), strict=True))
+    shown = [[re.sub(r" \(cascade.*| \|", "", cell) for cell in column] for column in columns]
+    rows = [
+        line.strip("| ").split(" | ")[2:]
+        for line in (ROOT / "docs" / "results.md").read_text("utf-8").splitlines()
+        if line.startswith("| this recipe | 1 | ")
+    ]
+    assert [column[2:] for column in shown] == rows[: len(shown)]
+
+
 def test_every_row_of_a_benchmark_is_shown_somewhere():
     """A result file that no README shows is a figure that nobody checks."""
     marks = "".join(document.read_text("utf-8") for document in DOCUMENTS)
