@@ -25,6 +25,7 @@ VERBS = {
     "train": "Train a speech LLM; without arguments, the built-in tiny recipe.",
     "eval": "Compare a model's answers to speech with text and cascade.",
     "generate": "Answer audio files.",
+    "chat": "Talk about a recording.",
     "export": "Write a trained model to a folder for others to use.",
     "info": "Describe a model, a run or this installation.",
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .options import model_options, torch_dtype
+from .options import decoding_options, model_options, torch_dtype
 
 
 @click.command("generate", context_settings={"show_default": True})
@@ -18,12 +18,8 @@ from .options import model_options, torch_dtype
     metavar="TEXT",
     help="The user turn, with {speech} where the speech goes.  [default: the model's own]",
 )
-@click.option("--max-new-tokens", default=64, type=click.IntRange(1), help="Length of an answer.")
-@click.option("--temperature", default=0.0, type=click.FloatRange(0), help="0 is greedy.")
-@click.option("--top-p", default=1.0, type=float, help="With --temperature.")
-@click.option("--num-beams", default=1, type=click.IntRange(1), help="Above 1: beam search.")
+@decoding_options
 @click.option("--batch-size", default=8, type=click.IntRange(1), help="Clips at a time.")
-@click.option("--seed", default=0, help="With --temperature.")
 @click.option("--transcript", is_flag=True, help="Say what was heard, too: the nearest tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one json object a clip.")
 @model_options

@@ -42,6 +42,24 @@ def model_options(function: Function) -> Function:
     return function
 
 
+def decoding_options(function: Function) -> Function:
+    """Add the options that say how words are chosen."""
+    options = (
+        click.option(
+            "--max-new-tokens", default=64, type=click.IntRange(1), help="Length of an answer."
+        ),
+        click.option("--temperature", default=0.0, type=click.FloatRange(0), help="0 is greedy."),
+        click.option("--top-p", default=1.0, type=float, help="With --temperature."),
+        click.option(
+            "--num-beams", default=1, type=click.IntRange(1), help="Above 1: beam search."
+        ),
+        click.option("--seed", default=0, help="With --temperature."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The torch type of one of `DTYPES`."""
     import torch
