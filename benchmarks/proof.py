@@ -182,8 +182,8 @@ def best_row() -> str:
         row = [label]
         for name in matrix.sets:
             cascade = mean(metric, matrix.seeds(CASCADE, name, metric))
-            row.append(mean(metric, matrix.seeds(BEST, name, metric)))
-            row[-1] += f" (cascade {cascade})" if cascade else ""
+            beside = f" (cascade {cascade})" if cascade else ""
+            row.append(mean(metric, matrix.seeds(BEST, name, metric)) + beside)
         cells.append(row)
     return markdown(cells)
 

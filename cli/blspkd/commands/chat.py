@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import decoding_options, model_options, torch_dtype
+from .options import Loading, decoding_options, model_options
 
 if TYPE_CHECKING:
     from blspkd.evaluation.conversation import Conversation
@@ -43,11 +43,7 @@ def command(
     top_p: float,
     num_beams: int,
     seed: int,
-    encoder: str | None,
-    language_model: str | None,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
+    loading: Loading,
 ) -> None:
     """Talk with MODEL, a run's folder or a checkpoint, about the recording AUDIO.
 
@@ -60,23 +56,16 @@ def command(
     from blspkd.evaluation.clips import read_clips
     from blspkd.evaluation.conversation import Conversation
     from blspkd.model.decoding import Decoding
-    from blspkd.model.loading import load_config, load_model, quieten_transformers
+    from blspkd.model.loading import quieten_transformers
 
     decoding = Decoding(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams
     )
     quieten_transformers()
-    config = load_config(model, encoder=encoder, language_model=language_model)
+    config = loading.config(model)
     if audio is not None:
         read_clips([audio], prompt=config.prompt if prompt is None else prompt)
-    speech_model, processor = load_model(
-        model,
-        encoder=encoder,
-        language_model=language_model,
-        dtype=torch_dtype(dtype),
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    speech_model, processor = loading.load(model)
     torch.manual_seed(seed)
     conversation = Conversation(speech_model, processor, prompt=prompt, decoding=decoding)
     done = [_take_turn(conversation, line) for line in _lines(audio)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .options import model_options, stage_progress, torch_dtype
+from .options import Loading, model_options, stage_progress
 
 
 @click.command("eval", context_settings={"show_default": True})
@@ -88,11 +88,7 @@ def command(
     plots: int,
     fail_under: tuple[str, ...],
     as_json: bool,
-    encoder: str | None,
-    language_model: str | None,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
+    loading: Loading,
 ) -> None:
     """Evaluate MODEL, a run's folder or a checkpoint, on the clips of MANIFEST.
 
@@ -110,7 +106,7 @@ def command(
     )
     from blspkd.evaluation.tasks import EvalConfig
     from blspkd.evaluation.thresholds import EXIT_BELOW, parse_threshold, shortfalls
-    from blspkd.model.loading import load_config, load_model, quieten_transformers
+    from blspkd.model.loading import quieten_transformers
 
     try:
         thresholds = [parse_threshold(pair, task) for pair in fail_under]
@@ -132,19 +128,12 @@ def command(
         plots=plots,
     )
     quieten_transformers()
-    model_config = load_config(model, encoder=encoder, language_model=language_model)
+    model_config = loading.config(model)
     records = select_records(read_manifest(manifest), config, model_config.prompt)
     for condition in parsed:
         hear_under(condition, records)
     click.echo(f"{len(records)} clips of {manifest}; loading {model}", err=True)
-    speech_model, processor = load_model(
-        model,
-        encoder=encoder,
-        language_model=language_model,
-        dtype=torch_dtype(dtype),
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    speech_model, processor = loading.load(model)
     whisper, notes = load_cascade(speech_model, transcriber)
     with stage_progress() as progress:
         robustness = evaluate_conditions(

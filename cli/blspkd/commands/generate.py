@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .options import decoding_options, model_options, torch_dtype
+from .options import Loading, decoding_options, model_options
 
 
 @click.command("generate", context_settings={"show_default": True})
@@ -35,11 +35,7 @@ def command(
     seed: int,
     transcript: bool,
     as_json: bool,
-    encoder: str | None,
-    language_model: str | None,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
+    loading: Loading,
 ) -> None:
     """Let MODEL, a run's folder or a checkpoint, answer each AUDIO file (wav, flac, ogg, ...).
 
@@ -47,13 +43,13 @@ def command(
     """
     from blspkd.evaluation.clips import answer_clips, read_clips, transcribe_clips
     from blspkd.model.decoding import Decoding
-    from blspkd.model.loading import load_config, load_model, quieten_transformers
+    from blspkd.model.loading import quieten_transformers
 
     decoding = Decoding(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams
     )
     quieten_transformers()
-    config = load_config(model, encoder=encoder, language_model=language_model)
+    config = loading.config(model)
     if transcript and config.adapter_type != "cformer":
         raise ValueError(
             "--transcript needs an adapter that makes one output per text token, and that of "
@@ -63,14 +59,7 @@ def command(
     for clip in clips:
         if clip.silent:
             click.echo(f"warning: {clip.path} is silent; its answer means nothing", err=True)
-    speech_model, processor = load_model(
-        model,
-        encoder=encoder,
-        language_model=language_model,
-        dtype=torch_dtype(dtype),
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    speech_model, processor = loading.load(model)
     answers = answer_clips(
         speech_model, processor, clips, decoding=decoding, batch_size=batch_size, seed=seed
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -12,14 +15,54 @@ import click
 if TYPE_CHECKING:
     import torch
 
+    from blspkd.model.configuration import BlspKDConfig
+    from blspkd.model.modeling import BlspKDForConditionalGeneration
+    from blspkd.model.processing import BlspKDProcessor
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Advance = Callable[[str, int, int], None]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def model_options(function: Function) -> Function:
-    """Add the options that say how a trained model is loaded."""
+@dataclass(frozen=True)
+class Loading:
+    """How a trained model is loaded: what `model_options` were given."""
+
+    encoder: str | None
+    language_model: str | None
+    dtype: str
+    device: str | None
+    trust_remote_code: bool
+
+    def config(self, model: Path) -> BlspKDConfig:
+        """The model's configuration, without its weights."""
+        from blspkd.model.loading import load_config
+
+        return load_config(model, encoder=self.encoder, language_model=self.language_model)
+
+    def load(self, model: Path) -> tuple[BlspKDForConditionalGeneration, BlspKDProcessor]:
+        """The model and its processor."""
+        from blspkd.model.loading import load_model
+
+        return load_model(
+            model,
+            encoder=self.encoder,
+            language_model=self.language_model,
+            dtype=torch_dtype(self.dtype),
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how a trained model is loaded; they arrive as `loading`."""
+
+    @functools.wraps(function)
+    def with_loading(*args: Any, **given: Any) -> Any:
+        taken = {field.name: given.pop(field.name) for field in fields(Loading)}
+        return function(*args, loading=Loading(**taken), **given)
+
     options = (
         click.option("--encoder", metavar="PATH", help="Where the speech encoder is now."),
         click.option("--language-model", metavar="PATH", help="Where the language model is now."),
@@ -37,9 +80,7 @@ def model_options(function: Function) -> Function:
             help="Run code that comes with the language model.",
         ),
     )
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return functools.reduce(lambda inner, add: add(inner), reversed(options), with_loading)
 
 
 def decoding_options(function: Function) -> Function:
@@ -55,9 +96,7 @@ def decoding_options(function: Function) -> Function:
         ),
         click.option("--seed", default=0, help="With --temperature."),
     )
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return functools.reduce(lambda inner, add: add(inner), reversed(options), function)
 
 
 def torch_dtype(name: str) -> torch.dtype:

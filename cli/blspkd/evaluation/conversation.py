@@ -13,6 +13,9 @@ from blspkd.model.processing import PLACEHOLDER, BlspKDProcessor, Messages
 
 from .clips import read_clips
 
+FEATURES = ("input_features", "feature_attention_mask")
+TEXT = ("input_ids", "attention_mask", "speech_mask")
+
 
 class Conversation:
     """What was said so far, to a speech LLM that answers each turn with all of it in mind.
@@ -109,7 +112,3 @@ class Conversation:
                 f"{self.decoding.max_new_tokens}, but the language model reads {longest}: begin "
                 "anew with a recording, or allow shorter answers"
             )
-
-
-FEATURES = ("input_features", "feature_attention_mask")
-TEXT = ("input_ids", "attention_mask", "speech_mask")
