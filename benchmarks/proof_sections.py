@@ -126,18 +126,20 @@ def origins(matrix: Matrix, folder: str) -> list[str]:
     """Where each run's figures come from; `folder` is that of the result files."""
     if not matrix.runs:
         return [f"{NOT_RUN.capitalize()}."]
-    cells = [["", "seed", "steps", "clips seen", "trained M", "hours", "minutes", "device"]]
+    cells = [["", "seed", "steps", "clips seen", "trained M", "hours", "minutes", "before", "device"]]
     for row, runs in matrix.runs.items():
         for run in runs:
             link = f"[{matrix.titles[row]}]({folder}/{row}-s{run['seed']}.json)"
             counts = (f"{run['seed']}", f"{run['steps']:,}", f"{run['clips_seen']:,}")
-            times = (f"{run['train_hours']:.1f}", f"{run['train_seconds'] / 60:.0f}")
+            stages = run["earlier_stages"].values()
+            before = " + ".join(f"{stage['train_seconds'] / 60:.0f}" for stage in stages)
+            times = (f"{run['train_hours']:.1f}", f"{run['train_seconds'] / 60:.0f}", before)
             size = f"{run['trained_parameters'] / 1e6:.1f}"
             where = f"{run['device']}, {(run['commit'] or 'unknown')[:10]}"
             cells.append([link, *counts, size, *times, where])
     return [
         "*trained M*: millions of trained parameters; *hours*: of speech trained on; *minutes*: of "
-        "training; then device and commit.",
+        "training; *before*: those of the stages whose weights it began with; then device and commit.",
         markdown(cells),
     ]
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from matrix_plan import Plan, RobustnessPlan, Row, settings
+from matrix_origin import origin
+from matrix_plan import Plan, RobustnessPlan, Row
 from matrix_shared import Listener, Shared, adapted_rows
 
 from blspkd.data.builtin import resolve_manifest
@@ -26,10 +23,7 @@ from blspkd.evaluation.tasks import SELF_METRICS, EvalConfig
 from blspkd.evaluation.tasks import Row as AnswerRow
 from blspkd.model.decoding import Decoding
 from blspkd.model.loading import load_model
-from blspkd.training.build import make_processor
-from blspkd.training.clips import read_clips
 from blspkd.training.config import TrainConfig
-from blspkd.training.folder import CONFIG_NAME, LOG_NAME
 
 Say = Callable[[str], None]
 
@@ -82,7 +76,7 @@ def measure_run(
         "row": row.name,
         "title": row.title.strip(),
         "seed": seed,
-        **_origin(config, folder),
+        **origin(config, folder),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sets": sets,
     }
@@ -198,33 +192,3 @@ def _measure_robustness(
         measured["no_speech"] = {**nothing.figures(), "transcripts": nothing.transcripts}
     return measured
 
-
-def _origin(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """Code, machine, time and data that a run is made of."""
-    document = yaml.safe_load((folder / CONFIG_NAME).read_text())
-    log = [json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines()]
-    train = read_clips(config, make_processor(config), folder).train
-    steps = max((line["step"] for line in log), default=0)
-    clips = config.optim.batch_size * config.optim.gradient_accumulation
-    return {
-        "settings": settings(config),
-        "commit": document["commit"],
-        "versions": document["versions"],
-        "device": _device(),
-        "threads": torch.get_num_threads(),
-        "train_seconds": sum(line.get("train_runtime", 0.0) for line in log),
-        "steps": steps,
-        "clips_seen": steps * clips * document["processes"],
-        "train_clips": len(train),
-        "train_hours": sum(record.duration or 0.0 for record in train) / 3600,
-        "train_texts": len({record.text for record in train}),
-    }
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"

@@ -72,6 +72,7 @@ def make(row, seed, *, rouge, aligned=True, plain=False, hours=1.0, robust=False
         "train_clips": int(1000 * hours),
         "train_hours": hours,
         "train_seconds": 600,
+        "earlier_stages": {"a": {"train_seconds": 4290}, "b": {"train_seconds": 2000}},
         "trained_parameters": 12_345_678,
         "sets": {"sentences": one},
     }
@@ -170,7 +171,7 @@ def test_figures_stand_in_their_row_as_a_mean_over_seeds(folder):
     assert cells["Self-BLEU"] == "100.0"
     assert row_of(document, "a dream")[1:3] == ["0", "not run"]
     run = next(line for line in document.splitlines() if line.startswith("| [CNN + KL](./kl-"))
-    assert run.endswith("| 0 | 100 | 3,200 | 12.3 | 1.0 | 10 | an abacus, 0123456789 |")
+    assert run.endswith("| 0 | 100 | 3,200 | 12.3 | 1.0 | 10 | 72 + 33 | an abacus, 0123456789 |")
     # a cascade of its own for the row whose language model changed
     assert row_of(document, r"*cascade*")[-2] == "0.900"
     assert row_of(document, r"*cascade* of plain LoRA")[-2] == "0.700"
