@@ -126,7 +126,9 @@ def origins(matrix: Matrix, folder: str) -> list[str]:
     """Where each run's figures come from; `folder` is that of the result files."""
     if not matrix.runs:
         return [f"{NOT_RUN.capitalize()}."]
-    cells = [["", "seed", "steps", "clips seen", "trained M", "hours", "minutes", "before", "device"]]
+    cells = [
+        ["", "seed", "steps", "clips seen", "trained M", "hours", "minutes", "before", "device"]
+    ]
     for row, runs in matrix.runs.items():
         for run in runs:
             link = f"[{matrix.titles[row]}]({folder}/{row}-s{run['seed']}.json)"
@@ -139,7 +141,8 @@ def origins(matrix: Matrix, folder: str) -> list[str]:
             cells.append([link, *counts, size, *times, where])
     return [
         "*trained M*: millions of trained parameters; *hours*: of speech trained on; *minutes*: of "
-        "training; *before*: those of the stages whose weights it began with; then device and commit.",
+        "training; *before*: those of the stages whose weights it began with; then device and "
+        "commit.",
         markdown(cells),
     ]
 

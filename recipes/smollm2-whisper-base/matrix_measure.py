@@ -191,4 +191,3 @@ def _measure_robustness(
         )
         measured["no_speech"] = {**nothing.figures(), "transcripts": nothing.transcripts}
     return measured
-
