@@ -166,12 +166,9 @@ class AssembledModel(PartsModel):
                 self.adapter,
                 encoder_hidden_states,
                 encoder_attention_mask.bool(),
+                self.config,
                 token_keys=self.token_keys(),
-                token_scale=self.config.token_scale,
-                length_search=self.config.length_search,
-                lm_weight=self.config.length_search_lm_weight,
                 read=self.text_log_probs,
-                logprob_threshold=self.config.logprob_threshold,
             )
         free = {} if free_running is None else {"free_running": free_running}
         out: AdapterOutput = self.adapter(

@@ -14,6 +14,7 @@ from torch import Tensor
 from speech_adapters import AdapterOutput, CFormer, search_length
 
 from .adapting import token_log_probs
+from .configuration import BlspKDConfig
 
 Reading = Callable[[Tensor], Tensor]
 """Token ids (B, N) to (B, N): the log-probability of each after those before it."""
@@ -23,13 +24,10 @@ def hear(
     adapter: CFormer,
     hidden_states: Tensor,
     attention_mask: Tensor,
+    config: BlspKDConfig,
     *,
     token_keys: Tensor,
-    token_scale: float,
-    length_search: float,
-    lm_weight: float,
     read: Reading,
-    logprob_threshold: float | None,
 ) -> AdapterOutput:
     """Cut frames at a length that is found, and drop what is like no tokens.
 
@@ -37,37 +35,35 @@ def hear(
         adapter: in eval mode.
         hidden_states: (B, T, D), right-padded.
         attention_mask: (B, T) bool.
+        config: whose ``length_search``, ``length_search_lm_weight``, ``logprob_threshold`` and
+            ``token_scale`` say how.
         token_keys: (V, H + W), unit rows.
-        token_scale: as in :class:`blspkd.model.configuration.BlspKDConfig`.
-        length_search: weight of the outputs' confidence; 0 for the predicted length.
-        lm_weight: how much ``read`` counts in that, against the adapter's own log-probabilities.
         read: the language model as a judge of text.
-        logprob_threshold: None drops nothing.
     """
-    keys = token_keys.float()
+    keys, lm_weight = token_keys.float(), config.length_search_lm_weight
 
     def likeliest(vectors: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, H + W) to (B, N) and (B, N): log-probability and id of the likeliest token."""
-        log_probs, tokens = token_log_probs(vectors, keys, token_scale).max(dim=-1)
+        log_probs, tokens = token_log_probs(vectors, keys, config.token_scale).max(dim=-1)
         return log_probs, tokens
 
     def confidence(vectors: Tensor) -> Tensor:
         log_probs, tokens = likeliest(vectors)
         return log_probs + lm_weight * read(tokens) if lm_weight else log_probs
 
-    if length_search:
+    if config.length_search:
         out = search_length(
             adapter,
             hidden_states,
             attention_mask,
             confidence=confidence,
-            weight=length_search,
+            weight=config.length_search,
         )
     else:
         out = adapter(hidden_states, attention_mask)
-    if logprob_threshold is None:
+    if config.logprob_threshold is None:
         return out
-    return _drop_unlike(out, likeliest(out.hidden_states)[0], logprob_threshold)
+    return _drop_unlike(out, likeliest(out.hidden_states)[0], config.logprob_threshold)
 
 
 def _drop_unlike(out: AdapterOutput, log_probs: Tensor, threshold: float) -> AdapterOutput:

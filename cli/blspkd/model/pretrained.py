@@ -27,6 +27,7 @@ class PartsModel(PreTrainedModel):
     ones it was trained on.
     """
 
+    config: BlspKDConfig
     config_class = BlspKDConfig
     trainable: frozenset[str] = frozenset()
     spelling: Tensor | None
