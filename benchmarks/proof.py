@@ -16,7 +16,15 @@ from pathlib import Path
 from benchmarks.proof_cells import METRICS, NOT_RUN, mean, with_interval
 from benchmarks.proof_charts import CHARTS
 from benchmarks.proof_results import CASCADE, ROOT, Matrix, read_matrix
-from benchmarks.proof_sections import chart, drift, origins, robustness, scaling, tasks
+from benchmarks.proof_sections import (
+    chart,
+    drift,
+    more_clips,
+    origins,
+    robustness,
+    scaling,
+    tasks,
+)
 from blspkd.evaluation.bootstrap import Gap
 from blspkd.evaluation.tables import markdown
 
@@ -71,6 +79,7 @@ def document(matrix: Matrix, folder: str) -> str:
     parts += [*chart(matrix, "matrix"), "## Differences", *_differences(matrix)]
     for what, heading, section in (
         ("plain_lora", "Plain LoRA in place of PLoRA", drift),
+        ("more_clips", "More clips", more_clips),
         ("tasks", "Other tasks", tasks),
         ("robustness", "Robustness", robustness),
         ("scaling", "Scaling", scaling),

@@ -31,7 +31,8 @@ class Matrix:
         differences: `first` and `second` of further rows that are compared.
         scaling: Names of the rows that are points of the scaling curve.
         listed: Names of the rows that stand in the table.
-        planned: What some row asks for: "plain_lora", "tasks", "robustness", "scaling".
+        planned: What some row asks for: "plain_lora", "more_clips", "tasks", "robustness",
+            "scaling".
         title: Of the document.
         about: What was trained on what, in a sentence or two.
         charts: How the names of its charts begin.
@@ -157,7 +158,7 @@ def read_matrix(results: Path, path: Path, plan: Path) -> Matrix:
         planned=frozenset(
             what
             for row in document["rows"].values()
-            for what in ("plain_lora", "tasks", "robustness", "scaling")
+            for what in ("plain_lora", "more_clips", "tasks", "robustness", "scaling")
             if row.get(what) or row.get("set", {}).get(f"model.{what}")
         ),
         title=document["title"],

@@ -11,6 +11,7 @@ from blspkd.evaluation.nothing import PRETENDED_WORDS
 from blspkd.evaluation.tables import markdown
 
 ROUGE = "self_rouge_l"
+HEARD = ("input_kl", "input_top1", "token_accuracy", "length_exact", "length_within_one")
 OWN = {"asr": "wer", "st": "bleu", "qa": "accuracy"}
 TASK_FIGURES = {"wer": "WER %", "bleu": "BLEU", "accuracy": "accuracy %", ROUGE: "Self-ROUGE-L"}
 
@@ -57,6 +58,24 @@ def tasks(matrix: Matrix) -> list[str]:
     return [
         "*text* is the ceiling: the same language model, given the true transcript. Where it is "
         "bad, the others say little.",
+        markdown(cells),
+    ]
+
+
+def more_clips(matrix: Matrix) -> list[str]:
+    """What is heard of clips that nobody answered."""
+    titles = [METRICS[metric] for metric in HEARD]
+    cells = [["", "like", "clips", *titles, "WER %", "WER % of the cascade"]]
+    for row, runs in matrix.runs.items():
+        for name, found in runs[0].get("more_clips", {}).items():
+            figures = [show(metric, found["figures"].get(metric)) for metric in HEARD]
+            wer = [show("wer", found["wer"].get(side)) for side in ("speech", CASCADE)]
+            cells.append([matrix.titles[row], name, f"{found['clips']}", *figures, *wer])
+    if len(cells) == 1:
+        return [f"{NOT_RUN.capitalize()}."]
+    return [
+        "The sets of the matrix are the first clips of what was held out; these are the others, "
+        "heard and not answered.",
         markdown(cells),
     ]
 

@@ -90,6 +90,12 @@ def main(
                 raise click.ClickException(
                     f"evaluate.extra_tasks.{task}: {where} is neither a set of data.eval nor a file"
                 )
+        for name, where in plan.evaluate.more_clips.items() if row.more_clips else ():
+            if name not in config.data.eval or not Path(where).is_file():
+                raise click.ClickException(
+                    f"evaluate.more_clips.{name}: {name} must be a set of data.eval, and {where} a "
+                    "manifest"
+                )
     quieten_transformers()
     failed = []
     for row, seed, config in todo:

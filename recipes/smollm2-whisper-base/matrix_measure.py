@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matrix_more import measure_more
 from matrix_origin import origin
 from matrix_plan import Plan, RobustnessPlan, Row
 from matrix_shared import Listener, Shared, adapted_rows
@@ -92,6 +93,14 @@ def measure_run(
             found = _measure_set(listener, shared, name, clips, asked)
             kept = ("ids", "rows", "text", "cascade", "speech", "answers")
             result["tasks"][task] = {"set": name, **{key: found[key] for key in kept}}
+    if row.more_clips and seed == row.seeds[0]:
+        result["more_clips"] = {}
+        for name, where in how.more_clips.items():
+            say(f"listening to more clips: {where}")
+            known = {record.id for record in records[name]}
+            result["more_clips"][name] = measure_more(
+                listener, Path(where), batch_size=how.batch_size, without=known
+            )
     if row.robustness and seed == row.seeds[0] and how.robustness is not None:
         say("measuring robustness")
         clips = records[how.robustness.set][: how.robustness.limit]

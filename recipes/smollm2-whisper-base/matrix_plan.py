@@ -34,6 +34,7 @@ class Row:
         in_matrix: Whether it stands in the table of the matrix.
         robustness: Whether its first seed is measured under conditions.
         tasks: Whether its first seed is asked the plan's extra tasks.
+        more_clips: Whether its first seed hears the plan's further clips.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Row:
     in_matrix: bool = True
     robustness: bool = False
     tasks: bool = False
+    more_clips: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class EvalPlan:
         max_new_tokens: Of each answer.
         batch_size: Clips at a time.
         robustness: Under conditions; None for not at all.
+        more_clips: For a held-out set, a manifest with more clips of its kind: what the set has of
+            them is left out, the others are heard and not answered.
     """
 
     limit: int | None = None
@@ -83,6 +87,7 @@ class EvalPlan:
     max_new_tokens: int = 48
     batch_size: int = 16
     robustness: RobustnessPlan | None = None
+    more_clips: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

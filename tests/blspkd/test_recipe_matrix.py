@@ -46,6 +46,7 @@ def plan_file(tiny_model_section, tiny_corpus, tmp_path_factory):
     }
     records = read_manifest(tiny_corpus.manifest)
     write_manifest(folder / "test.jsonl", records[4:])
+    write_manifest(folder / "more.jsonl", [records[0], *records[4:]])
     plan = {
         "title": "A try",
         "about": "tiny parts",
@@ -62,12 +63,19 @@ def plan_file(tiny_model_section, tiny_corpus, tmp_path_factory):
                 "seeds": [3],
                 "set": {"model.plora": {"r": 4, "lora_alpha": 400}, "model.plain_lora": True},
             },
-            "base": {"base": "base.yaml", "robustness": True, "tasks": True, "seeds": [0, 1]},
+            "base": {
+                "base": "base.yaml",
+                "robustness": True,
+                "tasks": True,
+                "more_clips": True,
+                "seeds": [0, 1],
+            },
         },
         "evaluate": {
             "max_new_tokens": 4,
             "extra_tasks": {"asr": "unseen", "qa": str(folder / "test.jsonl")},
             "robustness": {"set": "unseen", "conditions": ["noise:0"], "no_speech": 1},
+            "more_clips": {"unseen": str(folder / "more.jsonl")},
         },
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
@@ -134,6 +142,11 @@ def test_faults_are_told_before_anything_is_trained(command, plan_file, tmp_path
     other.write_text(yaml.safe_dump(document))
     code, output = command("--plan", str(other))
     assert (code, "extra_tasks.qa: nowhere.jsonl is neither" in output) == (1, True)
+    del document["evaluate"]["extra_tasks"]
+    document["evaluate"]["more_clips"] = {"unseen": "nowhere.jsonl"}
+    other.write_text(yaml.safe_dump(document))
+    code, output = command("--plan", str(other))
+    assert (code, "more_clips.unseen: unseen must be a set" in output) == (1, True)
     assert not (plan_file.parent / "runs").exists()
 
 
@@ -186,6 +199,12 @@ def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, 
     assert drifted["figures"]["text_drift_kl"] > 0
     assert set(drifted["against_untouched"]) == {"text", "cascade", "speech"}
     assert conv["sets"]["unseen"]["cascade"] == base["sets"]["unseen"]["cascade"]
+
+    more = base["more_clips"]["unseen"]
+    assert more["clips"] == 1  # the others are in the set
+    assert set(more["wer"]) == {"speech", "cascade"}
+    assert "token_accuracy" in more["figures"]
+    assert "more_clips" not in conv
 
     assert "robustness" not in conv
     conditions = base["robustness"]["conditions"]

@@ -21,7 +21,7 @@ PLAN = {
         "never": {"title": "a dream"},
         "half": {"title": "half", "scaling": True, "in_matrix": False},
         "whole": {"title": "whole", "scaling": True, "robustness": True},
-        "ask": {"title": "asked", "tasks": True, "in_matrix": False},
+        "ask": {"title": "asked", "tasks": True, "more_clips": True, "in_matrix": False},
     },
     "claims": [
         {"claim": "KL beats CE", "first": "kl", "second": "ce"},
@@ -127,7 +127,7 @@ def test_without_results_it_says_so_and_nothing_else(folder):
     document = text(folder())
     assert document.count("not run") == 2  # the claims
     assert document.startswith("# What was tried\n\nan abacus and a parrot\n\n")
-    assert document.count("Not run") == 7
+    assert document.count("Not run") == 8
     assert ".svg" not in document
     assert not re.search(r"\d\.\d\d", document.replace("2405.19041", ""))
     proof.write(folder(), folder() / "results.md", folder() / "plan.yaml")
@@ -143,6 +143,16 @@ def test_a_task_stands_beside_what_the_text_row_reaches(folder):
     table = document.partition("## Other tasks")[2]
     assert "| questions (2 clips) | qa | accuracy % | 50.0 | 25.0 | 12.5 |" in table
     assert "| questions (2 clips) | qa | Self-ROUGE-L | 1.000 | 0.500 | 0.250 |" in table
+
+
+def test_more_clips_are_heard_beside_the_cascade(folder):
+    found = make("kl", 0, rouge=0.5)
+    figures = {"input_kl": 1.25, "input_top1": 0.5, "token_accuracy": 0.625, "length_exact": 0.75}
+    heard = {"clips": 204, "figures": figures, "wer": {"cascade": 0.25, "speech": 0.375}}
+    found["more_clips"] = {"sentences": heard}
+    table = text(folder(found)).partition("## More clips")[2]
+    row = next(line for line in table.splitlines() if "sentences" in line)
+    assert row.endswith("| sentences | 204 | 1.250 | 50.0 | 62.5 | 75.0 |  | 37.5 | 25.0 |")
 
 
 def test_what_no_row_asks_for_is_left_out(folder):
