@@ -163,6 +163,9 @@ class OptimSection:
         gradient_checkpointing: recompute activations in the backward pass.
         share_prompt: read what the prompts of a batch have in common once, for all its clips and
             both passes; not together with gradient_checkpointing.
+        average_with_start: how much of the weights that the run began with (model.start_from) is in
+            those that it leaves, 0 for none: keeps what they were good at (WiSE-FT, arXiv
+            2109.01903, section 3). Checkpoints hold the weights as trained.
     """
 
     learning_rate: float = 1e-4
@@ -180,6 +183,14 @@ class OptimSection:
     bf16: bool = False
     gradient_checkpointing: bool = False
     share_prompt: bool = True
+    average_with_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse shares of more than everything."""
+        if not 0.0 <= self.average_with_start < 1.0:
+            raise ValueError(
+                f"average_with_start must be at least 0 and below 1, got {self.average_with_start}"
+            )
 
 
 @dataclass(frozen=True)
@@ -220,3 +231,11 @@ class TrainConfig:
     losses: LossesSection = field(default_factory=LossesSection)
     optim: OptimSection = field(default_factory=OptimSection)
     trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse to average with weights that there are none of."""
+        if self.optim.average_with_start and self.model.start_from is None:
+            raise ValueError(
+                "optim.average_with_start takes the weights of model.start_from, which is null: "
+                "name a run there, or leave it 0"
+            )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
 from blspkd.data.alignment import CrossAttentionAligner
@@ -24,6 +25,7 @@ from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor
 
 from .arguments import training_arguments
+from .averaging import average_with, trained_weights
 from .build import build_model, describe_parameters, make_processor
 from .callbacks import ProgressLine, RunLog, StopOnInterrupt
 from .clips import Clips, describe_clips, read_clips
@@ -131,19 +133,35 @@ def train(
         callbacks=[RunLog(folder / LOG_NAME), ProgressLine(), stop],
     )
     trainer.remove_callback(PrinterCallback)
+    start = _weights_to_average_with(config, trainer, model)
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.interrupted:
         return RunResult(folder, before, {}, interrupted=True)
 
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    average_with(trained, start, config.optim.average_with_start)
     trainer.save_model(str(folder))
     trainer.save_state()
     say("measuring the held-out clips")
-    trained = trainer.accelerator.unwrap_model(trainer.model)
     after = {**held_out.measure(trained), **held_out.answer(trained)}
     if process.is_main_process:
         write_json(folder / SUMMARY_NAME, {"before": before, "after": after})
     return RunResult(folder, before, after, interrupted=False)
+
+
+def _weights_to_average_with(
+    config: TrainConfig, trainer: BlspKDTrainer, model: BlspKDForConditionalGeneration
+) -> dict[str, Tensor]:
+    """The weights before the first step, in a resumed run too; none where nothing is averaged."""
+    if not config.optim.average_with_start:
+        return {}
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "optim.average_with_start needs whole weights in each process, not those of FSDP or "
+            "DeepSpeed: leave it 0"
+        )
+    return trained_weights(model)
 
 
 def _filled_cache(
