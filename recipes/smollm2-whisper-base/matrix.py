@@ -85,13 +85,14 @@ def main(
     if dry_run:
         return
     for row, _, config in todo:
+        held_out = {name for name, where in config.data.eval.items() if where}
         for task, where in plan.evaluate.extra_tasks.items() if row.tasks else ():
-            if where not in config.data.eval and not Path(where).is_file():
+            if where not in held_out and not Path(where).is_file():
                 raise click.ClickException(
                     f"evaluate.extra_tasks.{task}: {where} is neither a set of data.eval nor a file"
                 )
         for name, where in plan.evaluate.more_clips.items() if row.more_clips else ():
-            if name not in config.data.eval or not Path(where).is_file():
+            if name not in held_out or not Path(where).is_file():
                 raise click.ClickException(
                     f"evaluate.more_clips.{name}: {name} must be a set of data.eval, and {where} a "
                     "manifest"

@@ -25,7 +25,7 @@ def origin(config: TrainConfig, folder: Path) -> dict[str, Any]:
         config: As it was trained.
         folder: Where it was trained.
     """
-    document = yaml.safe_load((folder / CONFIG_NAME).read_text("utf-8"))
+    document = _document(folder)
     train = read_clips(config, make_processor(config), folder).train
     return {
         "settings": settings(config),
@@ -43,7 +43,7 @@ def origin(config: TrainConfig, folder: Path) -> dict[str, Any]:
 
 def earlier_stages(folder: Path) -> dict[str, dict[str, Any]]:
     """The runs that a run began with the weights of, the first of them first, and their effort."""
-    start = _config(folder)["model"].get("start_from")
+    start = _document(folder)["config"]["model"].get("start_from")
     if start is None or not (Path(start) / CONFIG_NAME).exists():
         return {}  # weights from elsewhere have no run to be counted
     return {**earlier_stages(Path(start)), start: effort(Path(start))}
@@ -55,7 +55,7 @@ def effort(folder: Path) -> dict[str, Any]:
     The seconds are those between two lines of the log, so that what an interrupted run did twice
     counts twice; measuring the held-out clips does not count.
     """
-    document = yaml.safe_load((folder / CONFIG_NAME).read_text("utf-8"))
+    document = _document(folder)
     optim = document["config"]["optim"]
     each_step = optim["batch_size"] * optim["gradient_accumulation"] * document["processes"]
     lines = [json.loads(line) for line in (folder / LOG_NAME).read_text("utf-8").splitlines()]
@@ -72,9 +72,10 @@ def effort(folder: Path) -> dict[str, Any]:
     return {"steps": steps, "clips_seen": steps * each_step, "train_seconds": seconds}
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load((folder / CONFIG_NAME).read_text("utf-8"))["config"]
-    return config
+def _document(folder: Path) -> dict[str, Any]:
+    """What a run says of itself: configuration, commit, versions, processes."""
+    document: dict[str, Any] = yaml.safe_load((folder / CONFIG_NAME).read_text("utf-8"))
+    return document
 
 
 def _device() -> str:

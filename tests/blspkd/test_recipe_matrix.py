@@ -147,6 +147,13 @@ def test_faults_are_told_before_anything_is_trained(command, plan_file, tmp_path
     other.write_text(yaml.safe_dump(document))
     code, output = command("--plan", str(other))
     assert (code, "more_clips.unseen: unseen must be a set" in output) == (1, True)
+    # a set may be taken out; then nothing can be asked of it, and no clips be more than its own
+    code, output = command("data.eval.unseen=null")
+    assert (code, "extra_tasks.asr: unseen is neither" in output) == (1, True)
+    document["evaluate"]["more_clips"] = {"unseen": str(plan_file.parent / "more.jsonl")}
+    other.write_text(yaml.safe_dump(document))
+    code, output = command("--plan", str(other), "data.eval.unseen=null")
+    assert (code, "more_clips.unseen: unseen must be a set" in output) == (1, True)
     assert not (plan_file.parent / "runs").exists()
 
 

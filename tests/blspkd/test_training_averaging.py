@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,6 +72,44 @@ def test_a_resumed_run_averages_with_what_it_began_with(first, go_on, recipe):
     expected, found = _weights(whole), _weights(resumed)
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_two_processes_leave_the_mean(first, recipe):
+    two = recipe.parent / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    places = [f"model.start_from={first}", f"output={two}", "save_steps=1", "answer_limit=0"]
+    options = ["optim.max_steps=2", "optim.batch_size=1", "optim.average_with_start=0.5"]
+    result = subprocess.run(
+        [*launch, "-m", "blspkd", "train", str(recipe), *places, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    start, found, trained = _weights(first), _weights(two), _weights(two / "checkpoint-2")
+    assert any(not torch.equal(start[name], trained[name]) for name in found)
+    for name, tensor in found.items():
+        mean = 0.5 * (trained[name].double() + start[name].double())
+        torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("override", "variable", "named"),
+    [
+        ("trainer.fsdp=full_shard", None, "FSDP"),
+        ("trainer.deepspeed=zero3.json", None, "DeepSpeed"),
+        ("optim.max_steps=1", "ACCELERATE_USE_FSDP", "FSDP"),
+        ("optim.max_steps=1", "ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+    ],
+)
+def test_shards_are_not_averaged(recipe, monkeypatch, override, variable, named):
+    if variable is not None:
+        monkeypatch.setenv(variable, "true")
+    share = "optim.average_with_start=0.5"
+    with pytest.raises(ValueError, match=f"with {named} they are in shards: set it to 0"):
+        _run(recipe, share, "model.start_from=somewhere", override, "output=nowhere")
+    assert not os.path.exists("nowhere")
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, "nan"])

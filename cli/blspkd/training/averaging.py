@@ -9,9 +9,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from blspkd.model.assembled import AssembledModel
+
+from .config import TrainConfig
+
+
+def check_averaging(config: TrainConfig) -> None:
+    """Refuse to average what no process has whole.
+
+    Raises:
+        ValueError: ``optim.average_with_start`` under FSDP or DeepSpeed, whether the configuration
+            asks for them or ``accelerate launch`` does.
+    """
+    if not config.optim.average_with_start:
+        return
+    for name, field in (("FSDP", "fsdp"), ("DeepSpeed", "deepspeed")):
+        if config.trainer.get(field) or parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            raise ValueError(
+                "optim.average_with_start needs whole weights in each process, and with "
+                f"{name} they are in shards: set it to 0"
+            )
 
 
 def trained_weights(model: AssembledModel) -> dict[str, Tensor]:

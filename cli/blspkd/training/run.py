@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
 from blspkd.data.alignment import CrossAttentionAligner
@@ -25,7 +24,7 @@ from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor
 
 from .arguments import training_arguments
-from .averaging import average_with, trained_weights
+from .averaging import average_with, check_averaging, trained_weights
 from .build import build_model, describe_parameters, make_processor
 from .callbacks import ProgressLine, RunLog, StopOnInterrupt
 from .clips import Clips, describe_clips, read_clips
@@ -81,6 +80,7 @@ def train(
         ValueError: for whatever is wrong with configuration or data; nothing is trained then.
     """
     check_schedule(config)
+    check_averaging(config)
     process = PartialState(cpu=not torch.cuda.is_available())
     if not process.is_main_process:
         say = _say_nothing
@@ -133,7 +133,8 @@ def train(
         callbacks=[RunLog(folder / LOG_NAME), ProgressLine(), stop],
     )
     trainer.remove_callback(PrinterCallback)
-    start = _weights_to_average_with(config, trainer, model)
+    # before a checkpoint is read: in a resumed run too, these are the weights it began with
+    start = trained_weights(model) if config.optim.average_with_start else {}
     checkpoint = last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.interrupted:
@@ -148,20 +149,6 @@ def train(
     if process.is_main_process:
         write_json(folder / SUMMARY_NAME, {"before": before, "after": after})
     return RunResult(folder, before, after, interrupted=False)
-
-
-def _weights_to_average_with(
-    config: TrainConfig, trainer: BlspKDTrainer, model: BlspKDForConditionalGeneration
-) -> dict[str, Tensor]:
-    """The weights before the first step, in a resumed run too; none where nothing is averaged."""
-    if not config.optim.average_with_start:
-        return {}
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "optim.average_with_start needs whole weights in each process, not those of FSDP or "
-            "DeepSpeed: leave it 0"
-        )
-    return trained_weights(model)
 
 
 def _filled_cache(
