@@ -61,6 +61,39 @@ def test_broken_and_missing_files(tmp_path):
         load_config(tmp_path / "broken.yaml")
 
 
+def test_a_file_lies_over_its_base_and_that_over_its_own(path):
+    variants = path.parent / "variants"
+    variants.mkdir()
+    (variants / "second.yaml").write_text(
+        "base: ../mine.yaml\nname: two\noptim: {batch_size: 4}\nlosses: {token: 0}\n"
+    )
+    third = variants / "third.yaml"
+    third.write_text("base: second.yaml\nlosses: {input_kl: {weight: 2}}\ndata: {eval: {a: b}}\n")
+    config = load_config(third, ["optim.batch_size=2"])
+    assert config.name == "third"  # a name is a run's folder: two recipes never share one
+    assert (config.optim.learning_rate, config.optim.batch_size) == (1e-3, 2)
+    assert config.losses.token == LossSection(0.0)
+    assert config.losses.input_kl == LossSection(2.0, start=0.25)
+    assert config.data.eval == {"a": "b"}
+    assert load_config(variants / "second.yaml").name == "two"
+    assert load_config(path).data.eval == {}
+
+
+def test_a_base_that_is_none_is_named(path):
+    other = path.parent / "other.yaml"
+
+    def refused(text, message):
+        other.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_config(other)
+
+    refused("base: 5", r"other\.yaml: base must be the path of another file, got 5")
+    refused("base: nowhere.yaml", r"nowhere\.yaml \(the base of .*other\.yaml\): No such file")
+    refused("base: other.yaml", r"other\.yaml: its base other\.yaml is based on it")
+    path.write_text("base: other.yaml")
+    refused("base: mine.yaml", r"mine\.yaml: its base other\.yaml is based on it")
+
+
 def test_the_resolved_configuration_reads_back(path, tmp_path):
     config = load_config(path)
     again = tmp_path / "again.yaml"

@@ -1,4 +1,4 @@
-"""A configuration read: defaults < YAML file < `key=value` on the command line."""
+"""A configuration read: defaults < `base` files < YAML file < `key=value` on the command line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from .windows import FractionSection, LossSection
 def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and lay ``key=value`` pairs over it.
 
+    A file's key ``base`` names another one, by its path from there, which it is laid over: what it
+    does not say is as the other has it, but for the run's name.
+
     Args:
         path: the YAML file.
         overrides: such as ``optim.learning_rate=1e-4``; values are YAML, keys are dotted.
@@ -25,15 +28,7 @@ def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> TrainConfig
     Raises:
         ValueError: naming the unknown key and the nearest one, or the value and what it should be.
     """
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(values).__name__}")
-    values.setdefault("name", path.stem)
+    values = _read(path)
     for pair in overrides:
         key, equals, text = pair.partition("=")
         if not equals or not key:
@@ -52,6 +47,47 @@ def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> TrainConfig
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """The resolved configuration, as it is written into the run's folder."""
     return dataclasses.asdict(config)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's mapping, laid over those of the files that it is based on.
+
+    Args:
+        path: the YAML file.
+        above: the files that are based on it, the nearest last.
+    """
+    asked_by = f" (the base of {above[-1]})" if above else ""
+    try:
+        own = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ValueError(
+            f"cannot read the configuration {path}{asked_by}: {error.strerror}"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(own, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(own).__name__}")
+    own.setdefault("name", path.stem)
+    if "base" not in own:
+        return own
+    base = own.pop("base")
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base must be the path of another file, got {base!r}")
+    chain = (*above, path)
+    if any((path.parent / base).resolve() == one.resolve() for one in chain):
+        raise ValueError(f"{path}: its base {base} is based on it: a file cannot lie over itself")
+    return _laid_over(_read(path.parent / base, chain), own)
+
+
+def _laid_over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one; where both have a value that is no mapping, it is ``own``'s."""
+    both = dict(base)
+    for key, value in own.items():
+        under = base.get(key)
+        if isinstance(under, dict) and isinstance(value, dict):
+            value = _laid_over(under, value)
+        both[key] = value
+    return both
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:
