@@ -21,10 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks import proof
 from benchmarks.measure import machine, read
+from blspkd.training.effort import effort, run_document
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -53,15 +52,14 @@ PLAIN_EVAL = ("self_bleu",)
 def keep(name: str, run: Path, evaluation: Path | None = None) -> Path:
     """Copy a run's figures into results/NAME.json."""
     figures = json.loads((run / "summary.json").read_text())
-    resolved = yaml.safe_load((run / "train.yaml").read_text())
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    resolved = run_document(run)
     kept = {
         "commit": resolved["commit"],
         "versions": resolved["versions"],
         "device": machine("cpu")["device"],
         "steps": resolved["config"]["optim"]["max_steps"],
         "batch_size": resolved["config"]["optim"]["batch_size"],
-        "train_seconds": sum(row["train_runtime"] for row in log if "train_runtime" in row),
+        "train_seconds": effort(run)["train_seconds"],
         **figures,
     }
     if evaluation is not None:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, WhisperModel
 
 from blspkd.__main__ import main
@@ -58,8 +59,37 @@ def test_a_run_tells_its_losses_and_steps(info, tiny_model, tmp_path):
     assert "losses: input_kl 2 from 50% to 100%, temperature 2.0" in out
     assert "steps: 3" in out
     assert "adapter" in out
+    assert "trained in" not in out  # a checkpoint has no log
     code, _, err = info(run)
     assert (code, "checkpoint-3 can be used" in err) == (1, True)
+
+
+def test_a_run_tells_what_it_and_the_runs_before_took(info, tiny_model, tmp_path):
+    def log_of(folder, steps, clips_per_second, start_from=None):
+        losses = {"predicted_length": {"fraction": 0.25}, "token": {"weight": 1.0}}
+        config = {
+            "optim": {"batch_size": 4, "gradient_accumulation": 1},
+            "model": {"start_from": start_from},
+            "log_steps": 10,
+            "losses": losses,
+        }
+        (folder / "train.yaml").write_text(yaml.safe_dump({"config": config, "processes": 2}))
+        line = {"step": steps, "clips_per_second": clips_per_second}
+        (folder / "log.jsonl").write_text(json.dumps(line))
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        shutil.copytree(tiny_model, folder)
+    log_of(first, 3000, 40.0)
+    log_of(second, 150, 10.0, str(first))
+    code, out, err = info(second)
+    assert code == 0, err
+    assert f"trained in {first}: 3,000 steps, 24,000 clips seen, 10.0 minutes\n" in out
+    assert f"trained in {second}: 150 steps, 1,200 clips seen, 2.0 minutes\n" in out
+    assert out.index(str(first)) < out.index(f"in {second}")
+    assert "losses: predicted_length 0.25, token 1\n" in out
+    _, out, _ = info(second, "--json")
+    assert json.loads(out)["training"][str(first)]["train_seconds"] == 600
 
 
 def test_parts_that_moved_away_are_not_at_hand(info, tiny_model):

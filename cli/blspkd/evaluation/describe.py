@@ -22,6 +22,8 @@ from blspkd.model.bases import resolve
 from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.loading import load_config
 from blspkd.model.pretrained import WEIGHTS_NAME
+from blspkd.training.effort import earlier_stages, effort
+from blspkd.training.folder import LOG_NAME
 
 
 def describe_model(
@@ -36,7 +38,8 @@ def describe_model(
 
     Returns:
         The parts with their trained and frozen parameters (None where a part is not at hand),
-        the options that matter, the losses if the run recorded them, and versions.
+        the options that matter, the losses if the run recorded them, what it and the runs before
+        it took to train where their logs are there, and versions.
 
     Raises:
         ValueError: The folder holds no trained model.
@@ -77,6 +80,7 @@ def describe_model(
         "prompt": config.prompt,
         "losses": _recorded_losses(folder),
         "steps": _steps(folder),
+        "training": _training(folder),
         "fingerprints": {
             "encoder": config.encoder_fingerprint,
             "language_model": config.language_model_fingerprint,
@@ -125,6 +129,12 @@ def model_text(found: Mapping[str, Any]) -> str:
         for name in ("speech_embedding", "full_window", "prompt", "steps")
         if found[name] is not None
     ]
+    for name, took in (found["training"] or {}).items():
+        minutes = took["train_seconds"] / 60
+        lines.append(
+            f"trained in {name}: {took['steps']:,} steps, {took['clips_seen']:,} clips seen, "
+            f"{minutes:.1f} minutes"
+        )
     for name in ("adapter", "losses", "versions"):
         if found[name]:
             shown = {key: value for key, value in found[name].items() if not _is_off(value)}
@@ -206,20 +216,27 @@ def _steps(folder: Path) -> int | None:
     return None
 
 
+def _training(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """By run, the first stage first; None for a checkpoint or release, which has no log."""
+    if not (folder / LOG_NAME).is_file():
+        return None
+    return {**earlier_stages(folder), str(folder): effort(folder)}
+
+
 def _homes(folder: Path) -> tuple[Path, ...]:
     checkpoint = folder.resolve().name.startswith("checkpoint-")
     return (folder, folder.resolve().parent) if checkpoint else (folder,)
 
 
 def _is_off(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("weight") == 0
+    return isinstance(value, dict) and 0 in (value.get("weight"), value.get("fraction"))
 
 
 def _brief(value: Any) -> str:
-    if isinstance(value, dict) and "weight" in value:
+    if isinstance(value, dict) and ("weight" in value or "fraction" in value):
         window = (value.get("start", 0.0), value.get("stop", 1.0))
         shown = "" if window == (0.0, 1.0) else f" from {window[0]:.0%} to {window[1]:.0%}"
-        return f"{value['weight']:g}{shown}"
+        return f"{value.get('weight', value.get('fraction')):g}{shown}"
     if isinstance(value, (list, tuple)):
         return "+".join(map(str, value))
     return str(value)

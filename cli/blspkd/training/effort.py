@@ -1,0 +1,51 @@
+"""What a run took, and the runs that it went on from, by what stands in their folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .folder import CONFIG_NAME, LOG_NAME
+
+
+def effort(folder: Path) -> dict[str, Any]:
+    """Steps, clips seen and seconds of training, by a run's log.
+
+    The seconds are those between two lines of the log, so that what an interrupted run did twice
+    counts twice; measuring the held-out clips does not count.
+    """
+    document = run_document(folder)
+    optim = document["config"]["optim"]
+    each_step = optim["batch_size"] * optim["gradient_accumulation"] * document["processes"]
+    lines = [json.loads(line) for line in (folder / LOG_NAME).read_text("utf-8").splitlines()]
+    seconds, before, speed = 0.0, 0, float("inf")
+    for line in lines:
+        if "clips_per_second" in line:
+            if line["step"] <= before:  # resumed, from a checkpoint that has no line
+                before = max(line["step"] - document["config"]["log_steps"], 0)
+            speed = line["clips_per_second"] / each_step
+            seconds += (line["step"] - before) / speed
+            before = line["step"]
+    steps = max((line["step"] for line in lines), default=0)
+    seconds += (steps - before) / speed  # the last steps, where log_steps does not divide them
+    return {"steps": steps, "clips_seen": steps * each_step, "train_seconds": seconds}
+
+
+def earlier_stages(folder: Path) -> dict[str, dict[str, Any]]:
+    """The runs that a run began with the weights of, the first of them first, and their effort.
+
+    Weights from elsewhere, or from a run whose folder is gone, have no run to be counted.
+    """
+    start = run_document(folder)["config"]["model"].get("start_from")
+    if start is None or not (Path(start) / CONFIG_NAME).exists():
+        return {}
+    return {**earlier_stages(Path(start)), start: effort(Path(start))}
+
+
+def run_document(folder: Path) -> dict[str, Any]:
+    """What a run wrote of itself: resolved ``config``, ``commit``, ``versions``, ``processes``."""
+    document: dict[str, Any] = yaml.safe_load((folder / CONFIG_NAME).read_text("utf-8"))
+    return document
