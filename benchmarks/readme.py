@@ -86,8 +86,8 @@ def run_table(figures: dict[str, Any]) -> str:
 def text(name: str, figures: dict[str, Any]) -> str:
     """What stands between a part's marks."""
     made = (
-        f"Measured before -> after {figures['steps']} steps of {figures['batch_size']} clips on "
-        f"{figures['device']} ([`benchmarks/results/{name}.json`](benchmarks/results/{name}.json)):"
+        f"Measured before -> after {figures['steps']} steps of {figures['batch_size']} clips in "
+        f"{figures['train_seconds'] / 60:.0f} minutes on {figures['device']} ([`benchmarks/results/{name}.json`](benchmarks/results/{name}.json)):"
     )
     parts = [made, run_table(figures)]
     if "eval" in figures:
