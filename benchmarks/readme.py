@@ -85,9 +85,10 @@ def run_table(figures: dict[str, Any]) -> str:
 
 def text(name: str, figures: dict[str, Any]) -> str:
     """What stands between a part's marks."""
+    minutes, result = figures["train_seconds"] / 60, f"benchmarks/results/{name}.json"
     made = (
         f"Measured before -> after {figures['steps']} steps of {figures['batch_size']} clips in "
-        f"{figures['train_seconds'] / 60:.0f} minutes on {figures['device']} ([`benchmarks/results/{name}.json`](benchmarks/results/{name}.json)):"
+        f"{minutes:.0f} minutes on {figures['device']} ([`{result}`]({result})):"
     )
     parts = [made, run_table(figures)]
     if "eval" in figures:
