@@ -16,6 +16,8 @@ import click
 def command(target: Path, encoder: str | None, language_model: str | None, as_json: bool) -> None:
     """Describe a model (a run's folder or a checkpoint) or a manifest (a jsonl file).
 
+    Of a run it tells what it took to train, and the runs that it went on from.
+
     Reads no weights: trained parameters are counted in the checkpoint's header, frozen ones from
     the pretrained parts' configurations.
     """
@@ -26,6 +28,7 @@ def command(target: Path, encoder: str | None, language_model: str | None, as_js
         model_text,
     )
     from blspkd.model.loading import quieten_transformers
+    from blspkd.training.effort import all_stages, effort_text
 
     quieten_transformers()
     if target.is_file():
@@ -33,5 +36,6 @@ def command(target: Path, encoder: str | None, language_model: str | None, as_js
         text = manifest_text(found)
     else:
         found = describe_model(target, encoder=encoder, language_model=language_model)
-        text = model_text(found)
+        found["training"] = all_stages(target)
+        text = "\n".join(filter(None, (model_text(found), effort_text(found["training"]))))
     click.echo(json.dumps(found, ensure_ascii=False) if as_json else text)

@@ -22,8 +22,6 @@ from blspkd.model.bases import resolve
 from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.loading import load_config
 from blspkd.model.pretrained import WEIGHTS_NAME
-from blspkd.training.effort import earlier_stages, effort
-from blspkd.training.folder import LOG_NAME
 
 
 def describe_model(
@@ -38,8 +36,7 @@ def describe_model(
 
     Returns:
         The parts with their trained and frozen parameters (None where a part is not at hand),
-        the options that matter, the losses if the run recorded them, what it and the runs before
-        it took to train where their logs are there, and versions.
+        the options that matter, the losses if the run recorded them, and versions.
 
     Raises:
         ValueError: The folder holds no trained model.
@@ -80,7 +77,6 @@ def describe_model(
         "prompt": config.prompt,
         "losses": _recorded_losses(folder),
         "steps": _steps(folder),
-        "training": _training(folder),
         "fingerprints": {
             "encoder": config.encoder_fingerprint,
             "language_model": config.language_model_fingerprint,
@@ -129,12 +125,6 @@ def model_text(found: Mapping[str, Any]) -> str:
         for name in ("speech_embedding", "full_window", "prompt", "steps")
         if found[name] is not None
     ]
-    for name, took in (found["training"] or {}).items():
-        minutes = took["train_seconds"] / 60
-        lines.append(
-            f"trained in {name}: {took['steps']:,} steps, {took['clips_seen']:,} clips seen, "
-            f"{minutes:.1f} minutes"
-        )
     for name in ("adapter", "losses", "versions"):
         if found[name]:
             shown = {key: value for key, value in found[name].items() if not _is_off(value)}
@@ -214,13 +204,6 @@ def _steps(folder: Path) -> int | None:
             steps = json.loads(state.read_text(encoding="utf-8")).get("global_step")
             return int(steps) if steps is not None else None
     return None
-
-
-def _training(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """By run, the first stage first; None for a checkpoint or release, which has no log."""
-    if not (folder / LOG_NAME).is_file():
-        return None
-    return {**earlier_stages(folder), str(folder): effort(folder)}
 
 
 def _homes(folder: Path) -> tuple[Path, ...]:

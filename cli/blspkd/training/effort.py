@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ def earlier_stages(folder: Path) -> dict[str, dict[str, Any]]:
     if start is None or not (Path(start) / CONFIG_NAME).exists():
         return {}
     return {**earlier_stages(Path(start)), start: effort(Path(start))}
+
+
+def all_stages(folder: Path) -> dict[str, dict[str, Any]]:
+    """A run's effort after that of its earlier stages; nothing for a folder without a log.
+
+    Checkpoints and releases have none.
+    """
+    if not (folder / LOG_NAME).is_file():
+        return {}
+    return {**earlier_stages(folder), str(folder): effort(folder)}
+
+
+def effort_text(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each run."""
+    return "\n".join(
+        f"trained in {name}: {took['steps']:,} steps, {took['clips_seen']:,} clips seen, "
+        f"{took['train_seconds'] / 60:.1f} minutes"
+        for name, took in stages.items()
+    )
 
 
 def run_document(folder: Path) -> dict[str, Any]:
