@@ -23,7 +23,8 @@ from typing import Any
 
 from benchmarks import proof
 from benchmarks.measure import machine, read
-from blspkd.training.effort import effort, run_document
+from blspkd.training.effort import effort
+from blspkd.training.folder import read_document
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -52,14 +53,14 @@ PLAIN_EVAL = ("self_bleu",)
 def keep(name: str, run: Path, evaluation: Path | None = None) -> Path:
     """Copy a run's figures into results/NAME.json."""
     figures = json.loads((run / "summary.json").read_text())
-    resolved = run_document(run)
+    resolved, took = read_document(run), effort(run)
     kept = {
         "commit": resolved["commit"],
         "versions": resolved["versions"],
         "device": machine("cpu")["device"],
-        "steps": resolved["config"]["optim"]["max_steps"],
+        "steps": took["steps"],
         "batch_size": resolved["config"]["optim"]["batch_size"],
-        "train_seconds": effort(run)["train_seconds"],
+        "train_seconds": took["train_seconds"],
         **figures,
     }
     if evaluation is not None:

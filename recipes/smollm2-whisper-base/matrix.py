@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from matrix_measure import measure_run
 from matrix_plan import Plan, Row, differing, read_plan, row_config, settings, with_defaults
 from matrix_shared import compact, write
@@ -29,7 +28,7 @@ from matrix_shared import compact, write
 from blspkd.model.loading import quieten_transformers
 from blspkd.training.config import TrainConfig
 from blspkd.training.config_file import as_dict
-from blspkd.training.folder import CONFIG_NAME, SUMMARY_NAME, last_checkpoint
+from blspkd.training.folder import CONFIG_NAME, SUMMARY_NAME, last_checkpoint, read_document
 from blspkd.training.run import train
 
 HERE = Path(__file__).parent
@@ -136,7 +135,7 @@ def state_of(plan: Plan, row: Row, seed: int, config: TrainConfig) -> str:
         return DONE
     if not (folder / CONFIG_NAME).exists():
         return NEW
-    found = yaml.safe_load((folder / CONFIG_NAME).read_text())["config"]
+    found = read_document(folder)["config"]
     _refuse_others(folder, found, as_dict(config))
     if (folder / SUMMARY_NAME).exists():
         return TRAINED

@@ -13,7 +13,8 @@ from matrix_plan import settings
 from blspkd.training.build import make_processor
 from blspkd.training.clips import read_clips
 from blspkd.training.config import TrainConfig
-from blspkd.training.effort import earlier_stages, effort, run_document
+from blspkd.training.effort import earlier_stages, effort
+from blspkd.training.folder import read_document
 
 
 def origin(config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def origin(config: TrainConfig, folder: Path) -> dict[str, Any]:
         config: As it was trained.
         folder: Where it was trained.
     """
-    document = run_document(folder)
+    document = read_document(folder)
     train = read_clips(config, make_processor(config), folder).train
     return {
         "settings": settings(config),

@@ -106,10 +106,10 @@ def test_two_processes_leave_the_mean(first, recipe):
 def test_shards_are_not_averaged(recipe, monkeypatch, override, variable, named):
     if variable is not None:
         monkeypatch.setenv(variable, "true")
-    share = "optim.average_with_start=0.5"
+    share, nowhere = "optim.average_with_start=0.5", recipe.parent / "nowhere"
     with pytest.raises(ValueError, match=f"with {named} they are in shards: set it to 0"):
-        _run(recipe, share, "model.start_from=somewhere", override, "output=nowhere")
-    assert not os.path.exists("nowhere")
+        _run(recipe, share, "model.start_from=somewhere", override, f"output={nowhere}")
+    assert not nowhere.exists()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, "nan"])

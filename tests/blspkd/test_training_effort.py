@@ -31,3 +31,13 @@ def test_the_effort_counts_earlier_stages_and_what_was_done_twice(tmp_path):
     assert earlier_stages(Path(third)) == {first: one, second: two}
     released = a_run(tmp_path / "released", [line(1, 16.0)], str(tmp_path / "weights"))
     assert earlier_stages(Path(released)) == {}
+
+
+def test_runs_that_overwrote_one_another_are_counted_once(tmp_path):
+    line = {"step": 10, "loss": 1.0, "clips_per_second": 16.0}
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert a_run(tmp_path / "a", [line], b) == a
+    assert a_run(tmp_path / "b", [line], a) == b
+    assert list(earlier_stages(Path(a))) == [b]
+    itself = a_run(tmp_path / "itself", [line], str(tmp_path / "itself"))
+    assert earlier_stages(Path(itself)) == {}

@@ -261,3 +261,17 @@ def test_clips_are_cut_at_their_predicted_length_in_their_stretch_and_again_when
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     with pytest.raises(ValueError, match=r"losses.predicted_length: fraction must lie in \[0, 1\]"):
         load_config(recipe, ["losses.predicted_length=2"])
+
+
+@pytest.mark.parametrize("inside", ["", "/checkpoint-2"])
+def test_a_run_never_deletes_the_weights_it_is_to_begin_with(recipe, inside):
+    few = ("answer_limit=0", "optim.max_steps=2", "save_steps=2")
+    folder = _run(recipe, *few, f"output={recipe.parent / 'first'}").folder
+    kept = (folder / "model.safetensors").read_bytes()
+    for force in (True, False):
+        with pytest.raises(ValueError, match="holds the weights that the run is to begin with"):
+            _run(
+                recipe, *few, f"model.start_from={folder}{inside}", f"output={folder}", force=force
+            )
+    assert (folder / "model.safetensors").read_bytes() == kept
+    assert (folder / "checkpoint-2" / "model.safetensors").exists()

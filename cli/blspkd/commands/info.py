@@ -28,7 +28,7 @@ def command(target: Path, encoder: str | None, language_model: str | None, as_js
         model_text,
     )
     from blspkd.model.loading import quieten_transformers
-    from blspkd.training.effort import all_stages, effort_text
+    from blspkd.training.effort import all_stages, effort_lines
 
     quieten_transformers()
     if target.is_file():
@@ -37,5 +37,5 @@ def command(target: Path, encoder: str | None, language_model: str | None, as_js
     else:
         found = describe_model(target, encoder=encoder, language_model=language_model)
         found["training"] = all_stages(target)
-        text = "\n".join(filter(None, (model_text(found), effort_text(found["training"]))))
+        text = "\n".join([model_text(found), *effort_lines(found["training"])])
     click.echo(json.dumps(found, ensure_ascii=False) if as_json else text)

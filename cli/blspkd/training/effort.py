@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .folder import CONFIG_NAME, LOG_NAME
+from .folder import LOG_NAME, read_document
 
 
 def effort(folder: Path) -> dict[str, Any]:
@@ -18,7 +16,7 @@ def effort(folder: Path) -> dict[str, Any]:
     The seconds are those between two lines of the log, so that what an interrupted run did twice
     counts twice; measuring the held-out clips does not count.
     """
-    document = run_document(folder)
+    document = read_document(folder)
     optim = document["config"]["optim"]
     each_step = optim["batch_size"] * optim["gradient_accumulation"] * document["processes"]
     lines = [json.loads(line) for line in (folder / LOG_NAME).read_text("utf-8").splitlines()]
@@ -38,12 +36,17 @@ def effort(folder: Path) -> dict[str, Any]:
 def earlier_stages(folder: Path) -> dict[str, dict[str, Any]]:
     """The runs that a run began with the weights of, the first of them first, and their effort.
 
-    Weights from elsewhere, or from a run whose folder is gone, have no run to be counted.
+    It ends at weights that no run's log stands beside: those from elsewhere, a checkpoint, a folder
+    that is gone, or a path that was meant from another folder than the present one.
     """
-    start = run_document(folder)["config"]["model"].get("start_from")
-    if start is None or not (Path(start) / CONFIG_NAME).exists():
-        return {}
-    return {**earlier_stages(Path(start)), start: effort(Path(start))}
+    found: dict[str, dict[str, Any]] = {}
+    start = _start(folder)
+    while start is not None and (Path(start) / LOG_NAME).is_file():
+        if start in (str(folder), *found):
+            break  # runs that overwrote one another
+        found[start] = effort(Path(start))
+        start = _start(Path(start))
+    return dict(reversed(found.items()))
 
 
 def all_stages(folder: Path) -> dict[str, dict[str, Any]]:
@@ -56,16 +59,15 @@ def all_stages(folder: Path) -> dict[str, dict[str, Any]]:
     return {**earlier_stages(folder), str(folder): effort(folder)}
 
 
-def effort_text(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each run."""
-    return "\n".join(
+def effort_lines(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line of text for each run."""
+    return [
         f"trained in {name}: {took['steps']:,} steps, {took['clips_seen']:,} clips seen, "
         f"{took['train_seconds'] / 60:.1f} minutes"
         for name, took in stages.items()
-    )
+    ]
 
 
-def run_document(folder: Path) -> dict[str, Any]:
-    """What a run wrote of itself: resolved ``config``, ``commit``, ``versions``, ``processes``."""
-    document: dict[str, Any] = yaml.safe_load((folder / CONFIG_NAME).read_text("utf-8"))
-    return document
+def _start(folder: Path) -> str | None:
+    start: str | None = read_document(folder)["config"]["model"].get("start_from")
+    return start

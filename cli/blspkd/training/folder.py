@@ -28,7 +28,8 @@ def open_folder(config: TrainConfig, *, resume: bool, force: bool) -> Path:
 
     Raises:
         ValueError: if the folder asked for holds something and neither ``resume`` nor ``force``
-            was given, or if there is nothing to resume.
+            was given, if there is nothing to resume, or if the run would begin with weights that
+            are in there.
     """
     if config.output is None:
         folder = Path("runs") / config.name
@@ -40,6 +41,14 @@ def open_folder(config: TrainConfig, *, resume: bool, force: bool) -> Path:
         folder = Path(config.output).expanduser()
     if resume and last_checkpoint(folder) is None:
         raise ValueError(f"nothing to resume in {folder}: it has no checkpoint")
+    start = config.model.start_from
+    if start is not None and not resume:
+        weights = Path(start).expanduser().resolve()
+        if folder.resolve() in (weights, *weights.parents):
+            raise ValueError(
+                f"{folder} holds the weights that the run is to begin with (model.start_from): "
+                "choose another folder with output=FOLDER"
+            )
     if _is_occupied(folder) and not (resume or force):
         raise ValueError(
             f"{folder} is not empty: go on with --resume, start over with --force, or choose "
@@ -68,6 +77,12 @@ def write_config(folder: Path, config: TrainConfig) -> None:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),  # torchrun's
     }
     write_atomically(folder / CONFIG_NAME, yaml.safe_dump(document, sort_keys=False))
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """What :func:`write_config` left: ``config``, ``commit``, ``versions`` and ``processes``."""
+    document: dict[str, Any] = yaml.safe_load((folder / CONFIG_NAME).read_text("utf-8"))
+    return document
 
 
 def write_json(path: Path, value: Any) -> None:
