@@ -1,7 +1,7 @@
 """Makes clips.tar, the spoken clips that the package ships, with their manifests inside.
 
     python recipes/tiny/pack_clips.py --llm cli/blspkd/tiny/llm --out cli/blspkd/tiny \
-        [--train 960] [--seed 7]
+        [--train 960] [--seed 7] [--jobs 1]
 
 The training sentences come from the training pool of the world, the test sentences and questions
 from its held-out pool. The clips are OGG/Opus at 16 kHz. The manifests' `response` is the tiny
@@ -13,6 +13,7 @@ import io
 import json
 import random
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ VOICE_NAMES = ("slt", "rms", "kal16", "slt", "rms", *VOICES)
 
 
 def plan_train(count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """(task, text) of the training clips, all different.
+    """(task, text) of the training clips, all different until questions and facts run out.
 
     Of twelve: four free sentences and one fact to repeat, one row of the least-heard words to
     repeat, two free sentences and one fact's beginning to continue, three questions. Of several
@@ -60,7 +61,8 @@ def plan_train(count: int, rng: random.Random) -> list[tuple[str, str]]:
         else:
             task = "continue" if kind in (1, 8) else "repeat"
             options = [free() for _ in range(8)]
-        options = [o for o in options if o not in taken] or [free()]
+        # some hundred questions and facts: a larger set says them again, in other voices
+        options = [o for o in options if o not in taken] or options
         text = max(options, key=lambda t: sum(1 / (1 + heard[w]) for w in t.split()))
         for word in text.split():
             heard[word] += 1
@@ -103,6 +105,12 @@ def encode(samples: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def spoken(text: str, voice: Voice) -> tuple[bytes, float]:
+    """The clip as OGG/Opus, and its seconds."""
+    samples = say(text, voice)
+    return encode(samples), len(samples) / SAMPLE_RATE
+
+
 def main() -> None:
     """Speaks, answers and packs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -110,6 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", type=int, default=960)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--jobs", type=int, default=1, help="clips spoken at once")
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.llm)
@@ -121,11 +130,16 @@ def main() -> None:
     ]
     plan += plan_test(rng)
     replies = answers(model, tokenizer, [(PROMPTS[task], text) for _, task, text, _ in plan])
+    said = [(text, natural(voices[voice], rng)) for _, _, text, voice in plan]
     lines: dict[str, list[str]] = {}
-    with tarfile.open(args.out / "clips.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, (split, task, text, voice) in enumerate(plan):
-            samples = say(text, natural(voices[voice], rng))
-            data = encode(samples)
+    with (
+        tarfile.open(args.out / "clips.tar", "w", format=tarfile.USTAR_FORMAT) as tar,
+        ThreadPoolExecutor(args.jobs) as pool,
+    ):
+        clips = pool.map(lambda clip: spoken(*clip), said)
+        for number, ((split, task, text, voice), (data, seconds)) in enumerate(
+            zip(plan, clips, strict=True)
+        ):
             name = f"{'train' if split == 'train' else 'test'}-{number:04d}"
             info = tarfile.TarInfo(f"clips/{name}.ogg")
             info.size = len(data)
@@ -135,7 +149,7 @@ def main() -> None:
                 "audio": info.name,
                 "text": text,
                 "id": name,
-                "duration": round(len(samples) / SAMPLE_RATE, 3),
+                "duration": round(seconds, 3),
                 "voice": voice,
                 "task": task,
                 "messages": [{"role": "user", "content": PROMPTS[task]}],

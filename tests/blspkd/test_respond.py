@@ -1,6 +1,8 @@
 """Responses are the language model's own greedy words, each written once, whatever interrupts."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,3 +98,38 @@ def test_what_is_there_already_is_left_alone(tiny_parts, tiny_corpus, records, t
     assert "--resume" in capsys.readouterr().err
     assert out.read_text() == before
     assert _command(tiny_parts, tiny_corpus.manifest, out, "--shard", "2/2") == 2
+
+
+def test_the_model_is_put_where_it_is_wanted(tiny_parts, tiny_corpus, tmp_path, monkeypatch):
+    placed = []
+
+    def only_look(records, out, model, *rest, **options):
+        placed.append(next(model.parameters()).device.type)
+        return 0
+
+    monkeypatch.setattr("blspkd.data.respond.respond", only_look)
+    out = tmp_path / "out.jsonl"
+    assert _command(tiny_parts, tiny_corpus.manifest, out, "--device", "meta") == 0
+    assert _command(tiny_parts, tiny_corpus.manifest, out) == 0
+    assert placed == ["meta", "cuda" if torch.cuda.is_available() else "cpu"]
+
+
+def test_code_of_a_language_model_runs_only_where_it_is_asked_for(
+    tiny_parts, tiny_corpus, tmp_path, capfd
+):
+    own = tmp_path / "own"
+    shutil.copytree(tiny_parts.language_model, own)
+    config = json.loads((own / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config["model_type"] = "own"
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n"
+        'class OwnConfig(LlamaConfig):\n    model_type = "own"\n\n'
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    parts = replace(tiny_parts, language_model=own)
+    options = [tiny_corpus.manifest, tmp_path / "out.jsonl", "--limit", 1, "--max-new-tokens", 2]
+    assert _command(parts, *options) == 1
+    assert "trust_remote_code" in capfd.readouterr().err
+    assert _command(parts, *options, "--trust-remote-code") == 0

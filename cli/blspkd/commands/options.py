@@ -45,6 +45,7 @@ class Loading:
         """The model and its processor."""
         from blspkd.model.loading import load_model
 
+        warn_of_slow_type(self.dtype, self.device)
         return load_model(
             model,
             encoder=self.encoder,
@@ -53,6 +54,14 @@ class Loading:
             device=self.device,
             trust_remote_code=self.trust_remote_code,
         )
+
+
+device_option = click.option(
+    "--device", help="Such as cpu or cuda:0; by default a GPU if there is one."
+)
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that comes with the language model."
+)
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,12 +82,8 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Type of the frozen weights.",
         ),
-        click.option("--device", help="Such as cpu or cuda:0; by default a GPU if there is one."),
-        click.option(
-            "--trust-remote-code",
-            is_flag=True,
-            help="Run code that comes with the language model.",
-        ),
+        device_option,
+        trust_option,
     )
     return functools.reduce(lambda inner, add: add(inner), reversed(options), with_loading)
 
@@ -105,6 +110,16 @@ def torch_dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def warn_of_slow_type(dtype: str, device: str | None) -> None:
+    """Say on stderr that float32 would be faster there, if it would."""
+    from blspkd.model.loading import place_of
+    from blspkd.model.precision import slow_type_warning
+
+    warning = slow_type_warning(torch_dtype(dtype), place_of(device), remedy="give --dtype float32")
+    if warning is not None:
+        click.echo(warning, err=True)
 
 
 @contextmanager

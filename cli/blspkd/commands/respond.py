@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .options import DTYPES, torch_dtype
+from .options import DTYPES, device_option, torch_dtype, trust_option, warn_of_slow_type
 
 
 @click.command()
@@ -21,6 +21,8 @@ from .options import DTYPES, torch_dtype
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@device_option
+@trust_option
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Answer the first N alone.")
 @click.option("--shard", default="0/1", show_default=True, help="I/N: each N-th, from the I-th.")
 @click.option("--resume", is_flag=True, help="Go on in an OUT that is there already.")
@@ -35,6 +37,8 @@ def command(
     max_new_tokens: int,
     batch_size: int,
     dtype: str,
+    device: str | None,
+    trust_remote_code: bool,
     limit: int | None,
     shard: str,
     resume: bool,
@@ -50,7 +54,7 @@ def command(
     from blspkd.data.respond import RespondConfig, respond
     from blspkd.model.bases import load_feature_extractor, load_language_model, load_tokenizer
     from blspkd.model.configuration import DEFAULT_PROMPT
-    from blspkd.model.loading import quieten_transformers
+    from blspkd.model.loading import place_of, quieten_transformers
     from blspkd.model.processing import BlspKDProcessor
 
     quieten_transformers()
@@ -60,10 +64,17 @@ def command(
     if out.exists() and not (resume or force):
         raise ValueError(f"{out} exists: go on in it with --resume, or write it anew with --force")
     records = read_manifest(manifest)[:limit][int(index) :: int(count)]
-    processor = BlspKDProcessor(load_feature_extractor(encoder), load_tokenizer(language_model))
+    processor = BlspKDProcessor(
+        load_feature_extractor(encoder),
+        load_tokenizer(language_model, trust_remote_code=trust_remote_code),
+    )
     config = RespondConfig(prompt or DEFAULT_PROMPT, max_new_tokens, batch_size)
     processor.tokenize_turn([{"role": "user", "content": config.prompt}], records[0].text)
-    model = load_language_model(language_model, dtype=torch_dtype(dtype))
+    warn_of_slow_type(dtype, device)
+    model = load_language_model(
+        language_model, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code
+    )
+    model.to(place_of(device))  # type: ignore[arg-type, unused-ignore]  # transformers' wrapper
     if force:
         out.unlink(missing_ok=True)
 

@@ -93,9 +93,13 @@ def load_model(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(torch.device(place))  # type: ignore[arg-type, unused-ignore]  # transformers' wrapper
+    model.to(place_of(device))  # type: ignore[arg-type, unused-ignore]  # transformers' wrapper
     return model, processor
+
+
+def place_of(device: str | torch.device | None) -> torch.device:
+    """A device by its name; for None, a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def quieten_transformers() -> None:

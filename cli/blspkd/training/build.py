@@ -12,6 +12,7 @@ from blspkd.model.bases import load_feature_extractor, load_tokenizer
 from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.early_layer import check_layer
 from blspkd.model.modeling import BlspKDForConditionalGeneration
+from blspkd.model.precision import slow_type_warning
 from blspkd.model.processing import BlspKDProcessor
 
 from .config import TrainConfig
@@ -59,6 +60,16 @@ def build_model(config: TrainConfig, *, say: Say = print) -> BlspKDForConditiona
         if config.model.train_encoder:
             _recompute_activations(model.speech_encoder.encoder)
     return model
+
+
+def warn_of_slow_types(config: TrainConfig, device: torch.device, say: Say) -> None:
+    """Say where float32 would be faster than what the configuration asks for."""
+    dtype = getattr(torch, config.model.dtype)
+    warnings = [slow_type_warning(dtype, device, remedy="give model.dtype=float32")]
+    if config.optim.bf16:
+        warnings.append(slow_type_warning(torch.bfloat16, device, remedy="give optim.bf16=false"))
+    for warning in filter(None, warnings):
+        say(warning)
 
 
 def _recompute_activations(part: PreTrainedModel) -> None:

@@ -8,8 +8,15 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 
 from blspkd.data.batches import ClipDataset, Collator
+from blspkd.model.loading import place_of
 
-from .build import Say, build_model, describe_parameters, make_processor
+from .build import (
+    Say,
+    build_model,
+    describe_parameters,
+    make_processor,
+    warn_of_slow_types,
+)
 from .clips import describe_clips, read_clips
 from .config import TrainConfig
 from .schedule import check_schedule
@@ -29,6 +36,7 @@ def dry_run(config: TrainConfig, *, say: Say) -> str:
     processor = make_processor(config)
     with TemporaryDirectory() as scratch:
         clips = read_clips(config, processor, Path(scratch))
+        warn_of_slow_types(config, place_of(None), say)
         say("loading the models")
         model = build_model(config)
         dataset = ClipDataset(clips.train, processor, prompt=config.model.prompt)

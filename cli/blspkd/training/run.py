@@ -25,7 +25,7 @@ from blspkd.model.processing import BlspKDProcessor
 
 from .arguments import training_arguments
 from .averaging import average_with, check_averaging, trained_weights
-from .build import build_model, describe_parameters, make_processor
+from .build import build_model, describe_parameters, make_processor, warn_of_slow_types
 from .callbacks import ProgressLine, RunLog, StopOnInterrupt
 from .clips import Clips, describe_clips, read_clips
 from .config import TrainConfig
@@ -89,6 +89,7 @@ def train(
     with process.main_process_first():  # it unpacks what comes inside the package
         clips = read_clips(config, processor, folder, overfit=overfit)
     say(describe_clips(clips))
+    warn_of_slow_types(config, process.device, say)
     set_seed(config.seed)
     model = build_model(config, say=say).to(process.device)
     say(describe_parameters(model))
