@@ -109,7 +109,7 @@ def _build(kind: Any, values: Any, where: str) -> Any:
     try:
         return kind(**arguments)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
