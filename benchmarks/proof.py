@@ -1,4 +1,4 @@
-"""Writes docs/results.md and docs/results-tiny.md, and their charts, from result files.
+"""Writes docs/results.md, the two of toy scale beside it, and their charts, from result files.
 
     python -m benchmarks.proof [PLAN RESULTS_DIR DOCUMENT]
 
@@ -36,6 +36,10 @@ DOCUMENTS = {
     ROOT / "docs" / "results-tiny.md": (
         ROOT / "recipes" / "tiny" / "matrix.yaml",
         ROOT / "benchmarks" / "results" / "matrix-tiny",
+    ),
+    ROOT / "docs" / "results-tiny-longer.md": (
+        ROOT / "recipes" / "tiny" / "matrix-longer.yaml",
+        ROOT / "benchmarks" / "results" / "matrix-tiny-longer",
     ),
 }
 """Plan and result files of each document."""
@@ -108,7 +112,7 @@ def verdict(gaps: Sequence[Gap]) -> str:
 
 def _statement(matrix: Matrix) -> list[str]:
     lines = [
-        "The paper's three claims, by Self-ROUGE-L (how like the answer to speech is to the answer "
+        "The paper's claims, by Self-ROUGE-L (how like the answer to speech is to the answer "
         "to text) with 95 % intervals of the paired bootstrap over clips:",
     ]
     items = []
