@@ -45,6 +45,7 @@ def test_overrides_lie_over_the_file_and_the_file_over_the_defaults(path):
         ("losses.token.start=1.5", "0 <= start < stop <= 1"),
         ("losses.token.weight=-1", "weight must be >= 0"),
         ("model=5", "model: expected a mapping"),
+        ("optim.average_with_start=0.5", r"^optim.average_with_start takes the weights of"),
         ("batch", "expected key=value"),
     ],
 )

@@ -48,7 +48,7 @@ def command(
     """Let the language model answer each transcript of MANIFEST, into OUT.
 
     Lines are only ever appended: an interrupted run goes on with --resume. Several processes share
-    the work by --shard, each with an OUT of its own.
+    the work by --shard, each with an OUT and a --device of its own.
     """
     from blspkd.data.manifest import read_manifest
     from blspkd.data.respond import RespondConfig, respond
