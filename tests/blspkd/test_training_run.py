@@ -98,7 +98,8 @@ def test_accumulated_steps_are_steps_over_the_larger_batch(recipe):
     )
     expected, found = _weights(large.folder), _weights(small.folder)
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+        # by norm: Adam makes a whole step of a gradient that is nothing but rounding
+        assert (found[name] - tensor).norm() < 1e-3 * tensor.norm(), name
 
 
 def test_cached_features_change_nothing_but_their_rounding(recipe):
@@ -276,7 +277,8 @@ def test_two_processes_take_the_steps_of_one(recipe):
         assert _logged(two, name) == pytest.approx(_logged(alone.folder, name), rel=1e-3), name
     expected, found = _weights(alone.folder), _weights(two)
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+        # by norm: Adam makes a whole step of a gradient that is nothing but rounding
+        assert (found[name] - tensor).norm() < 1e-3 * tensor.norm(), name
 
 
 def test_a_run_starts_from_another_ones_weights(recipe, tmp_path):
