@@ -54,7 +54,7 @@ def command(
     from blspkd.data.respond import RespondConfig, respond
     from blspkd.model.bases import load_feature_extractor, load_language_model, load_tokenizer
     from blspkd.model.configuration import DEFAULT_PROMPT
-    from blspkd.model.loading import place_of, quieten_transformers
+    from blspkd.model.loading import put, quieten_transformers
     from blspkd.model.processing import BlspKDProcessor
 
     quieten_transformers()
@@ -74,7 +74,7 @@ def command(
     model = load_language_model(
         language_model, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code
     )
-    model.to(place_of(device))  # type: ignore[arg-type, unused-ignore]  # transformers' wrapper
+    put(model, device)
     if force:
         out.unlink(missing_ok=True)
 

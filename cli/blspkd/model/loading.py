@@ -93,13 +93,18 @@ def load_model(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    model.to(place_of(device))  # type: ignore[arg-type, unused-ignore]  # transformers' wrapper
+    put(model, device)
     return model, processor
 
 
 def place_of(device: str | torch.device | None) -> torch.device:
     """A device by its name; for None, a GPU if there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def put(model: torch.nn.Module, device: str | torch.device | None) -> None:
+    """Move a model to :func:`place_of` a device."""
+    model.to(place_of(device))
 
 
 def quieten_transformers() -> None:

@@ -10,13 +10,7 @@ from torch import Tensor
 from blspkd.data.batches import ClipDataset, Collator
 from blspkd.model.loading import place_of
 
-from .build import (
-    Say,
-    build_model,
-    describe_parameters,
-    make_processor,
-    warn_of_slow_types,
-)
+from .build import Say, build_model, describe_parameters, make_processor, warn_of_slow_types
 from .clips import describe_clips, read_clips
 from .config import TrainConfig
 from .schedule import check_schedule
