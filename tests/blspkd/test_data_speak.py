@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import soundfile
 from click.testing import CliRunner
@@ -152,8 +153,84 @@ def test_a_missing_synthesiser_names_its_package(speak, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(click.ClickException, match="apt-get install espeak-ng"):
         speak.check_voices(["espeak-ng:en-us"])
-    with pytest.raises(click.UsageError, match="expected 'flite:NAME'"):
-        speak.check_voices(["festival:kal"])
+    for voice in ("mbrola:us1", "flite", "flite:"):
+        with pytest.raises(click.UsageError, match=f"'{voice}': expected one of 'flite:NAME'"):
+            speak.check_voices([voice])
+
+
+def fake_program(folder, name, script):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def fake_module(monkeypatch, name, **members):
+    module = types.ModuleType(name)
+    vars(module).update(members)
+    module.__spec__ = importlib.util.spec_from_loader(name, None)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_festival_is_asked_for_the_voice_its_rate_and_its_pitch(speak, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    soundfile.write(tmp_path / "said.wav", np.zeros(8_000), 16_000)
+    fake_program(tmp_path, "festival", "echo '(cmu_us_slt_arctic_hts ked_diphone)'")
+    # text2wave -eval VOICE -eval RATE -eval PITCH -o WAV
+    keep = f'printf "%s|" "$2" "$4" "$6" > {tmp_path}/asked; cat > {tmp_path}/text'
+    fake_program(tmp_path, "text2wave", f'{keep}; cp {tmp_path}/said.wav "$8"')
+    speak.check_voices(["festival:ked_diphone"])
+    with pytest.raises(click.UsageError, match="festival knows cmu_us_slt_arctic_hts, ked_diph"):
+        speak.check_voices(["festival:kal_diphone"])
+    clip = speak.Clip("one, two", "one two", "festival:ked_diphone", 0.8, 1.1)
+    assert speak.speak(clip, tmp_path) == 0.5
+    assert (tmp_path / "text").read_text() == "one, two"
+    voice, rate, pitch, _ = (tmp_path / "asked").read_text().split("|")
+    assert voice == "(voice_ked_diphone)"
+    assert rate == "(Parameter.set 'Duration_Stretch (/ (Parameter.get 'Duration_Stretch) 0.8000))"
+    assert "target_f0_mean (* 1.1000 " in pitch
+
+
+def test_rhvoice_is_tried_beforehand_since_it_fails_without_a_word(speak, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    soundfile.write(tmp_path / "said.wav", np.zeros(12_000), 24_000)
+    with pytest.raises(click.ClickException, match="RHVoice-test is not installed"):
+        speak.check_voices(["rhvoice:bdl"])
+    # RHVoice-test -p NAME [-r RATE -t PITCH] -o WAV
+    script = f"""while [ $# -gt 0 ]; do
+        case $1 in -p) name=$2;; -o) wav=$2;; esac
+        echo "$1 $2" >> {tmp_path}/asked; shift 2
+    done
+    [ $name = bdl ] && cp {tmp_path}/said.wav "$wav"; exit 0"""
+    fake_program(tmp_path, "RHVoice-test", script)
+    with pytest.raises(click.UsageError, match=r"RHVoice-test spoke nothing \(there is no such"):
+        speak.check_voices(["rhvoice:nobody"])
+    speak.check_voices(["rhvoice:bdl"])
+    assert speak.speak(speak.Clip("one", "one", "rhvoice:bdl", 0.8, 1.1), tmp_path) == 0.5
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[-4:-1] == ["-p bdl", "-r 80", "-t 110"]
+
+
+def test_pico_speaks_at_the_rate_and_pitch_of_the_clip(speak, monkeypatch, tmp_path):
+    made = []
+
+    class TtsEngine:
+        def __init__(self, language):
+            if language != "en-US":
+                raise RuntimeError
+            made.append(self)
+            self.rate = self.pitch = 100
+
+        def speak(self, text):
+            return b"\1\0" * (160 * self.rate + 16 * self.pitch)
+
+    fake_module(monkeypatch, "ttspico", TtsEngine=TtsEngine)
+    with pytest.raises(click.UsageError, match="English is 'en-US' or 'en-GB'"):
+        speak.check_voices(["pico:xx"])
+    speak.check_voices(["pico:en-US"])
+    for rate, pitch, duration in ((0.8, 1.1, 0.91), (1.1, 0.9, 1.19)):
+        clip = speak.Clip("one", "one", "pico:en-US", rate, pitch)
+        assert speak.speak(clip, tmp_path) == pytest.approx(duration)
+    assert len(made) == 1
 
 
 def test_piper_speaks_at_the_rate_of_the_clip(speak, monkeypatch, tmp_path):
@@ -170,10 +247,7 @@ def test_piper_speaks_at_the_rate_of_the_clip(speak, monkeypatch, tmp_path):
             file.writeframes(b"\1\0" * int(22_050 * syn_config["length_scale"]))
             heard.append(text)
 
-    piper = types.ModuleType("piper")
-    piper.PiperVoice, piper.SynthesisConfig = Voice, dict
-    piper.__spec__ = importlib.util.spec_from_loader("piper", None)
-    monkeypatch.setitem(sys.modules, "piper", piper)
+    fake_module(monkeypatch, "piper", PiperVoice=Voice, SynthesisConfig=dict)
     model = tmp_path / "joe.onnx"
     model.touch()
     with pytest.raises(click.UsageError, match=r"no file .*joe\.onnx\.json"):
