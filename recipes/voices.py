@@ -55,8 +55,8 @@ class Engine(NamedTuple):
     @property
     def installed(self) -> bool:
         """Whether it can be called."""
-        kind, _, module = self.needs.partition(":")
-        return bool(importlib.util.find_spec(module) if module else shutil.which(kind))
+        program, _, module = self.needs.partition(":")
+        return bool(importlib.util.find_spec(module) if module else shutil.which(program))
 
 
 def check_voices(voices: Sequence[str]) -> None:
@@ -69,7 +69,8 @@ def check_voices(voices: Sequence[str]) -> None:
         engine = ENGINES[kind]
         if not engine.installed:
             raise click.ClickException(
-                f"{engine.needs} is not installed (needed for voice {voice!r}): {engine.remedy}"
+                f"{engine.needs.removeprefix('python:')} is not installed "
+                f"(needed for voice {voice!r}): {engine.remedy}"
             )
         engine.check(name)
 

@@ -223,6 +223,10 @@ def test_pico_speaks_at_the_rate_and_pitch_of_the_clip(speak, monkeypatch, tmp_p
         def speak(self, text):
             return b"\1\0" * (160 * self.rate + 16 * self.pitch)
 
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(click.ClickException, match=r"^ttspico is not installed .*: pip install tt"):
+        speak.check_voices(["pico:en-US"])
+    monkeypatch.undo()
     fake_module(monkeypatch, "ttspico", TtsEngine=TtsEngine)
     with pytest.raises(click.UsageError, match="English is 'en-US' or 'en-GB'"):
         speak.check_voices(["pico:xx"])
