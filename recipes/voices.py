@@ -83,8 +83,8 @@ def synthesise(text: str, voice: str, wav: Path, *, rate: float, pitch: float) -
         voice: `engine:name`, which :func:`check_voices` accepts.
         wav: The file to write.
         rate: Speed relative to the voice's own.
-        pitch: Pitch relative to the voice's own; Piper's is fixed, as is that of Festival's HTS voices
-            (their rate, too).
+        pitch: Pitch relative to the voice's own; Piper's is fixed, as are both pitch and rate of
+            Festival's HTS voices.
     """
     kind, _, name = voice.partition(":")
     ENGINES[kind].speak(text, name, wav, rate, pitch)
