@@ -64,3 +64,18 @@ def test_one_value_for_each_row_is_asked_for(case):
     adapter, frames, real, targets = case
     with pytest.raises(ValueError, match=r"free_running: expected one value for each row"):
         adapter(frames, real, target_lengths=targets, free_running=torch.tensor([True]))
+
+
+def test_what_says_which_rows_are_free_is_bool(case):
+    adapter, frames, real, targets = case
+    rows = torch.ones(len(targets), dtype=torch.long)
+    with pytest.raises(TypeError, match=r"free_running: expected bool, got torch.int64"):
+        adapter(frames, real, target_lengths=targets, free_running=rows)
+
+
+def test_one_target_length_for_each_row_is_asked_for_where_some_are_free(case):
+    adapter, frames, real, targets = case
+    rows = torch.arange(len(targets)) == 0
+    more = torch.cat([targets, targets])
+    with pytest.raises(ValueError, match=r"target_lengths: expected one for each row"):
+        adapter(frames, real, target_lengths=more, free_running=rows)

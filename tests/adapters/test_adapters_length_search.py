@@ -100,3 +100,15 @@ def test_no_length_is_below_one_and_no_weight_gives_no_token(adapter):
 def test_negative_options_are_refused(adapter, options):
     with pytest.raises(ValueError, match="weight and radius must not be negative"):
         search_length(adapter, clips()[0], confidence=sure_at(1), **options)
+
+
+def test_of_equal_scores_the_predicted_length_is_taken(adapter, monkeypatch):
+    def halfway(frames, mask=None):
+        return torch.full(frames.shape[:2], 0.125)
+
+    frames = torch.randn(1, 20, WIDTH)
+    monkeypatch.setattr(adapter.cif, "predict_alphas", halfway)
+    # 2.5 tokens are rounded up, and 2 are as near
+    assert adapter(frames).attention_mask.sum() == 3
+    found = search_length(adapter, frames, confidence=sure_at(1), weight=0.0)
+    assert found.attention_mask.sum() == 3

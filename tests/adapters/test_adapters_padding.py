@@ -158,3 +158,22 @@ def test_transformer_equals_attention_over_the_real_positions_alone():
     x = x + layer.attention.out(mixed)
     x = x + layer.ffn(layer.ffn_norm(x))
     torch.testing.assert_close(ours, transformer.norm(x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_additive_mask_is_refused(kind):
+    adapter, frames = build(kind), torch.randn(1, 8, WIDTH)
+    with pytest.raises(TypeError, match=r"attention_mask: expected bool or integer.*mask == 0"):
+        adapter(frames, torch.zeros(1, 8))
+
+
+def test_fire_times_lie_within_the_clip_on_either_side_of_padding():
+    adapter = build("cformer")
+    torch.manual_seed(0)
+    clip, padding = torch.randn(1, 30, WIDTH), torch.zeros(1, 20, WIDTH)
+    real = torch.arange(50)[None]
+    alone = adapter(clip).fire_times
+    right = adapter(torch.cat([clip, padding], 1), real < 30).fire_times
+    left = adapter(torch.cat([padding, clip], 1), real >= 20).fire_times
+    torch.testing.assert_close(right, alone)
+    torch.testing.assert_close(left, alone + 20)

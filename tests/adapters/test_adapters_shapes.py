@@ -187,7 +187,7 @@ def test_order_of_frames_matters():
     ],
 )
 def test_wrong_shapes_are_named(make, frames, mask, message):
-    mask = None if mask is None else torch.ones(mask)
+    mask = None if mask is None else torch.ones(mask, dtype=torch.bool)
     with pytest.raises(ValueError, match=message):
         make()(torch.randn(frames), mask)
 

@@ -140,3 +140,16 @@ def test_gradients_reach_frames_and_weights_through_every_function():
         hidden = torch.randn(2, 20, 3, dtype=torch.float64, requires_grad=True)
         alphas = (torch.rand(2, 20, dtype=torch.float64) * 0.6 + 0.1).requires_grad_()
         assert torch.autograd.gradcheck(lambda h, a, f=function: f(h, a)[0], (hidden, alphas))
+
+
+def test_half_precision_loses_no_token():
+    hidden, alphas = torch.ones(1, 522, 2).bfloat16(), torch.full((1, 522), 0.5).bfloat16()
+    assert funasr_cif(hidden, alphas)[0].shape[1] == 261
+    assert blsp_cif(hidden, alphas)[1].sum() == 261
+    embeds, token_num, *_ = funasr_predictor(hidden, alphas, tail_threshold=0.4)
+    assert token_num.tolist() == [embeds.shape[1]] == [261]
+
+
+def test_a_batch_without_rows():
+    hidden, alphas = torch.ones(0, 5, 2), torch.ones(0, 5)
+    assert funasr_cif(hidden, alphas)[0].shape == (0, 0, 2)

@@ -62,3 +62,12 @@ def test_layer(change, message):
 def test_layer_names_the_width_it_was_made_for():
     with pytest.raises(ValueError, match=r"hidden_states: expected shape \(B, T, 4\), got"):
         CIF(4)(HIDDEN)
+
+
+@pytest.mark.parametrize("head", ["last_channel", "conv", "mlp"])
+def test_layer_checks_the_mask_before_it_is_used(head):
+    layer = CIF(HIDDEN.shape[-1], alpha_head=head)
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \(B, T\)"):
+        layer(HIDDEN, torch.ones(HIDDEN.shape[0], HIDDEN.shape[1] - 1, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"attention_mask: expected bool or integer"):
+        layer(HIDDEN, torch.zeros(HIDDEN.shape[:2]))

@@ -111,3 +111,45 @@ def test_double_backward_is_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="dense"):
         grad.sum().backward()
+
+
+# Triton's interpreter computes with NumPy, which warns of what a GPU does in silence.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode", [{"target_lengths": torch.tensor([3])}, {"tail": "drop"}], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton", "dense"])
+def test_what_stands_in_a_frame_without_weight_stays_there(device, backend, mode, value):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    elif device == "cuda":
+        pytest.skip("the CPU has tried it")
+    torch.manual_seed(6)
+    hidden, alphas = torch.randn(1, 8, 4, device=device), torch.rand(1, 8, device=device) + 0.1
+    alphas[:, 3] = 0.0
+
+    def gradients(frames):
+        frames, weights = frames.requires_grad_(), alphas.clone().requires_grad_()
+        out = cif(frames, weights, backend=backend, **mode)
+        return torch.autograd.grad(out.hidden_states.square().sum(), (frames, weights))
+
+    clean = gradients(hidden.clone())
+    spoiled = hidden.clone()
+    spoiled[:, 3] = value
+    d_hidden, d_alphas = gradients(spoiled)
+    assert torch.equal(d_hidden, clean[0])
+    others = torch.arange(8, device=device) != 3
+    torch.testing.assert_close(d_alphas[:, others], clean[1][:, others])
+    assert d_alphas.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_spoiled_frame_that_was_read_is_not_hidden(device, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    hidden, alphas = torch.randn(1, 8, 4, device=device), torch.rand(1, 8, device=device) + 0.1
+    hidden[:, 3] = float("nan")
+    alphas = alphas.requires_grad_()
+    out = cif(hidden, alphas, tail="keep", backend=backend).hidden_states
+    assert out.isnan().any()
+    (gradient,) = torch.autograd.grad(out.sum(), alphas)
+    assert gradient.isnan().any()

@@ -125,3 +125,13 @@ def test_state_dict_round_trip_and_repr(head):
 def test_parameter_names_stay_those_of_saved_models(head, parameters):
     expected = {f"{name}.{kind}" for name in parameters for kind in ("weight", "bias")}
     assert set(CIF(4, alpha_head=head).state_dict()) == expected
+
+
+@pytest.mark.parametrize("head", ["last_channel", "conv", "mlp"])
+def test_no_frames_make_no_token(head):
+    layer = CIF(6, alpha_head=head)
+    out = layer(torch.randn(2, 0, 6), torch.ones(2, 0, dtype=torch.bool))
+    assert out.hidden_states.shape == (2, 0, 6)
+    assert out.alphas.shape == (2, 0)
+    assert out.alphas.dtype == torch.float32
+    assert out.alpha_sum.tolist() == out.lengths.tolist() == [0, 0]

@@ -70,12 +70,13 @@ def test_half_precision_loses_no_token_in_long_rows():
     torch.testing.assert_close(out.alpha_sum, alphas.double().sum(1).float())
 
 
-def test_autocast_changes_nothing_in_the_function():
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+def test_autocast_changes_nothing_in_the_function(backend):
     torch.manual_seed(0)
     hidden, alphas = torch.randn(2, 50, 8), torch.rand(2, 50)
-    plain = cif(hidden, alphas)
+    plain = cif(hidden, alphas, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = cif(hidden, alphas)
+        cast = cif(hidden, alphas, backend=backend)
     for a, b in zip(plain[:5], cast[:5], strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)

@@ -196,3 +196,9 @@ def test_max_tokens_sets_the_length_and_cuts_off():
     assert longer.hidden_states.shape == (2, 8, 3)
     assert torch.equal(longer.hidden_states[:, :6], full.hidden_states)
     assert cif(hidden, alphas, max_tokens=0).hidden_states.shape == (2, 0, 3)
+
+
+def test_no_rest_fires_nothing_however_low_the_bar():
+    alphas = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    out = cif(torch.ones(2, 2, 1), alphas, tail="threshold", tail_threshold=1e-13)
+    assert out.lengths.tolist() == [0, 2]

@@ -244,3 +244,21 @@ def test_errors(change, error, message):
     _, state = cif_stream(**arguments)
     with pytest.raises(error, match=message):
         cif_stream(**(arguments | {"state": state} | change))
+
+
+def test_sums_of_many_chunks_are_bitwise_that_of_the_whole_row():
+    generator = torch.Generator().manual_seed(2)
+    # 14,000 tokens: float64 has 39 bits left for the rest, one too few
+    alphas = torch.rand(1, 4000, generator=generator, dtype=torch.float64) * 5
+    frames = torch.ones(1, 4000, 1, dtype=torch.float64)
+    chunks = {"hidden_states": frames, "alphas": alphas}
+    outputs, _ = feed(cif_stream, chunks, [40] * 100, threshold=0.7)
+    whole = cif(frames, alphas, threshold=0.7, tail="threshold")
+    assert torch.equal(outputs[-1].alpha_sum, whole.alpha_sum)
+
+
+def test_a_layer_in_half_precision_streams_float32_alphas():
+    layer = CIF(6, alpha_head="conv", tail="drop").bfloat16()
+    waiting, _ = layer.stream(torch.randn(1, 1, 6).bfloat16())  # for the frame on its right
+    assert waiting.alphas.shape == (1, 0)
+    assert waiting.alphas.dtype == torch.float32

@@ -142,7 +142,7 @@ class CFormer(nn.Module):
         Raises:
             ValueError: a shape does not fit the configuration.
         """
-        frames, mask, real_frames = self._read(hidden_states, attention_mask)
+        frames, mask, last = self._read(hidden_states, attention_mask)
         fired = fire(
             self.cif,
             frames,
@@ -151,7 +151,7 @@ class CFormer(nn.Module):
             free_running=free_running,
             max_tokens=max_tokens,
         )
-        return self._write(fired, real_frames)
+        return self._write(fired, last)
 
     def at_lengths(
         self, hidden_states: Tensor, attention_mask: Tensor | None, offsets: Iterable[int]
@@ -165,27 +165,28 @@ class CFormer(nn.Module):
 
         Returns:
             One output for each offset, as :meth:`forward` gives it for such target lengths. A clip
-            whose weights sum to 0 has no tokens in any of them.
+            whose weights sum to 0 has no tokens in any of them. (For inference: in training mode
+            each would draw dropout and ``alpha_noise`` of its own.)
         """
-        frames, mask, real_frames = self._read(hidden_states, attention_mask)
+        frames, mask, last = self._read(hidden_states, attention_mask)
         predicted = self.cif(frames, mask).lengths
         outputs = []
         for offset in offsets:
             lengths = torch.where(predicted > 0, (predicted + offset).clamp(min=1), 0)
             fired = self.cif(frames, mask, target_lengths=lengths)
-            outputs.append(self._write(fired, real_frames))
+            outputs.append(self._write(fired, last))
         return outputs
 
     def _read(
         self, hidden_states: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames as CIF gets them (B, S, W), their mask (B, S), real input frames (B, 1)."""
+        """Frames as CIF gets them (B, S, W), their mask (B, S), where the clips end (B, 1)."""
         mask = checked_mask(hidden_states, attention_mask, self.config.input_size)
-        real_frames = mask.sum(dim=1, keepdim=True)
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1, keepdim=True)
         frames, mask = self._stack(hidden_states, mask)
-        return self.pre_cif(self.input_projection(frames), mask), mask, real_frames
+        return self.pre_cif(self.input_projection(frames), mask), mask, last
 
-    def _write(self, fired: CIFOutput, real_frames: Tensor) -> AdapterOutput:
+    def _write(self, fired: CIFOutput, last: Tensor) -> AdapterOutput:
         """What CIF fired, as the language model gets it."""
         tokens = self.post_cif(fired.hidden_states, fired.attention_mask)
         embeddings = self.output_projection(tokens)
@@ -194,7 +195,7 @@ class CFormer(nn.Module):
             attention_mask=fired.attention_mask,
             alpha_sum=fired.alpha_sum / self.config.threshold,
             # The last stacked frame may be part padding; no token ends after the clip.
-            fire_times=(fired.fire_times * self.config.frame_stacking).minimum(real_frames),
+            fire_times=(fired.fire_times * self.config.frame_stacking).minimum(last),
             alphas=fired.alphas,
             frames_per_alpha=self.config.frame_stacking,
             threshold=self.config.threshold,

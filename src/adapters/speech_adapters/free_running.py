@@ -35,8 +35,16 @@ def fire(
         What ``cif`` returns, each row as it would come out of a batch of its own kind.
 
     Raises:
-        ValueError: ``free_running`` has another shape than (B,).
+        TypeError: ``free_running`` is not bool.
+        ValueError: ``free_running`` or ``target_lengths`` has another shape than (B,).
     """
+    if free_running is not None and free_running.dtype != torch.bool:
+        raise TypeError(f"free_running: expected bool, got {free_running.dtype}; use .bool()")
+    if target_lengths is not None and target_lengths.shape != frames.shape[:1]:
+        raise ValueError(
+            f"target_lengths: expected one for each row, shape {tuple(frames.shape[:1])}, got "
+            f"{tuple(target_lengths.shape)}"
+        )
     if free_running is not None and free_running.shape != frames.shape[:1]:
         raise ValueError(
             f"free_running: expected one value for each row, shape {tuple(frames.shape[:1])}, got "

@@ -21,6 +21,7 @@ def checked_mask(hidden_states: Tensor, attention_mask: Tensor | None, input_siz
         (B, T) bool, True on real frames.
 
     Raises:
+        TypeError: the mask is neither bool nor integer.
         ValueError: a shape does not fit, or there is no frame at all.
     """
     if hidden_states.ndim != 3 or hidden_states.shape[-1] != input_size:
@@ -35,6 +36,11 @@ def checked_mask(hidden_states: Tensor, attention_mask: Tensor | None, input_siz
         )
     if attention_mask is None:
         return torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(
+            "attention_mask: expected bool or integer, nonzero at real frames, got "
+            f"{attention_mask.dtype}; an additive mask becomes one by `mask == 0`"
+        )
     if attention_mask.shape != hidden_states.shape[:2]:
         raise ValueError(
             f"attention_mask: expected (B, T) = {tuple(hidden_states.shape[:2])}, got "

@@ -67,7 +67,9 @@ def search_length(
         raise ValueError(
             f"weight and radius must not be negative, got weight={weight}, radius={radius}"
         )
-    tried = adapter.at_lengths(hidden_states, attention_mask, range(-radius, radius + 1))
+    # The predicted length first: of equal scores the first one is taken.
+    offsets = sorted(range(-radius, radius + 1), key=abs)
+    tried = adapter.at_lengths(hidden_states, attention_mask, offsets)
     scores = torch.stack([_score(out, confidence, weight) for out in tried])
     return _rows(tried, scores.argmax(dim=0))
 

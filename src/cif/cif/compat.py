@@ -100,7 +100,7 @@ def torch_cif(
         prefix, tails = scale_prefix(prefix, counts), []
         scale = beta * counts / alpha_sum.where(alpha_sum > 0, 1.0)
         weights = weights * scale[:, None]
-    right = (prefix >> FRACTION_BITS).clamp(max=counts.max())
+    right = (prefix >> FRACTION_BITS).clamp(max=_largest(counts))
     left = _before(right)
     level = prefix.double() / ONE * beta
     right_weights = torch.where(right > left, level - right * beta, 0.0)
@@ -153,8 +153,8 @@ def funasr_cif(
         out = cif(hidden, alphas, target_lengths=counts, threshold=threshold, tail="drop")
         prefix = fixed_point_prefix(_masked(alphas, None, out.alpha_sum), threshold)
         return out.hidden_states, _fires(scale_prefix(prefix, counts), threshold)
-    longest = int((alphas.sum(dim=-1) / threshold).max().round())
-    out = cif(hidden, alphas, threshold=threshold, tail="drop", max_tokens=longest)
+    sums = (_sum(alphas) / threshold).round()
+    out = cif(hidden, alphas, threshold=threshold, tail="drop", max_tokens=_largest(sums))
     prefix = fixed_point_prefix(_masked(alphas, None, out.alpha_sum), threshold)
     return out.hidden_states, _fires(prefix, threshold)
 
@@ -189,15 +189,15 @@ def funasr_predictor(
 
     Returns:
         acoustic_embeds: (B, N, D), the tokens, zeros after them.
-        token_num: (B,), the sum of alphas, unscaled and differentiable, for the quantity loss; or
-            the number of tokens, if the end was given weight.
+        token_num: (B,), float32 at least, the sum of alphas, unscaled and differentiable, for the
+            quantity loss; or the number of tokens, if the end was given weight.
         alphas: (B, T), scaled to the target lengths if there are any; or (B, T + 1) with the weight
             of the end.
         cif_peak: like alphas, `fires` of `funasr_cif`.
     """
     if mask is not None:
         alphas = torch.where(mask.bool(), alphas, 0.0)
-    token_num = alphas.sum(dim=-1)
+    token_num = _sum(alphas)
     if target_length is not None:
         embeds, fires = funasr_cif(hidden, alphas, threshold, target_length=target_length)
         scale = threshold * target_length / token_num.where(token_num > 0, 1.0)
@@ -215,7 +215,7 @@ def funasr_predictor(
     alphas = torch.where(position == end, tail_threshold, alphas)
     out = cif(hidden, alphas, threshold=threshold, tail="drop")
     prefix = fixed_point_prefix(_masked(alphas, None, out.alpha_sum), threshold)
-    lengths = out.lengths.to(alphas.dtype)
+    lengths = out.lengths.to(token_num.dtype)
     return out.hidden_states, lengths, alphas, _fires(prefix, threshold)
 
 
@@ -236,7 +236,7 @@ def blsp_cif(
     Returns:
         (B, N, D), the tokens, and (B, N) int64, 1 at tokens.
     """
-    wanted = alphas.sum(dim=-1).round() if num_tokens is None else num_tokens
+    wanted = _sum(alphas).round() if num_tokens is None else num_tokens
     out = cif(hidden_states, alphas, target_lengths=wanted.to(torch.int64).clamp(min=1))
     return out.hidden_states, out.attention_mask.long()
 
@@ -247,6 +247,16 @@ def _masked(alpha: Tensor, mask: Tensor | None, alpha_sum: Tensor) -> Tensor:
     if mask is not None:
         alpha = torch.where(mask, alpha, 0.0)
     return torch.where(alpha_sum.isfinite()[:, None], alpha, 0.0)
+
+
+def _sum(alphas: Tensor) -> Tensor:
+    """Sum the alphas of each row, (B,), float32 at least: 8 bits do not count to 300."""
+    return alphas.sum(dim=-1, dtype=torch.promote_types(alphas.dtype, torch.float32))
+
+
+def _largest(counts: Tensor) -> int:
+    """Return the largest count, 0 for a batch without rows."""
+    return int(counts.max()) if counts.numel() else 0
 
 
 def _fires(prefix: Tensor, threshold: float) -> Tensor:

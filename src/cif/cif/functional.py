@@ -15,6 +15,7 @@ from cif.alignment import Alignment, build_alignment, longest, tail_factors
 from cif.backends import Backend, resolve, triton_align
 from cif.backends.dispatch import integrate
 from cif.prefix import Rule, Tail
+from cif.rows import counts_on
 from cif.spans import check_axis
 from cif.validation import check_alphas, check_hidden_states, check_options
 
@@ -76,7 +77,7 @@ def cif(
 
     Args:
         hidden_states: (B, T, D) float.
-        alphas: (B, T) float, at least 0 (negative values count as 0). A row with a non-finite value
+        alphas: (B, T) float, at least 0 (negative values count as 0). A row with NaN or infinity
             at a real frame, or with a sum of 2**22 tokens or more, comes out as NaN (one token of
             it without `target_lengths`).
         attention_mask: (B, T) bool or integer, nonzero at real frames; padding may stand on either
@@ -94,9 +95,9 @@ def cif(
         tail_threshold: in (0, 1], for `tail="threshold"`.
         max_tokens: N, the length of the output. Rows with more tokens are cut off (`lengths` too),
             not scaled to fit. If None, N is the largest length, which is read from the device.
-        backend: "torch" runs anywhere. "triton" runs on GPUs, and needs triton. "auto" is "triton"
-            where that can run, else "torch". "dense" writes out the (B, N, T) matrix of weights:
-            for derivatives of any order and for export to ONNX.
+        backend: "torch" runs where there is float64. "triton" runs on GPUs, and needs triton.
+            "auto" is "triton" where that can run, else "torch". "dense" writes out the (B, N, T)
+            matrix of weights: for derivatives of any order and for export to ONNX.
 
     Returns:
         The tokens, with lengths, mask, sum of alpha and fire times.
@@ -135,8 +136,8 @@ def _cif_triton(
     max_tokens: int | None,
 ) -> CIFOutput:
     """Do what `cif` does in two kernels, one that decides the fires and one that integrates."""
-    mask = None if attention_mask is None else attention_mask.bool().contiguous()
-    targets = None if target_lengths is None else target_lengths.to(alphas.device, torch.int64)
+    mask = None if attention_mask is None else attention_mask.bool()
+    targets = None if target_lengths is None else counts_on(alphas.device, target_lengths)
     decide = partial(triton_align.align, alphas, mask, targets, rule)
     if max_tokens is not None:
         num_tokens = max_tokens
@@ -225,5 +226,14 @@ def _multiply(alignment: Alignment, hidden_states: Tensor) -> Tensor:
         used = used & alignment.frame_mask[..., None]
     values = torch.where(used, hidden_states, 0.0).to(weights.dtype)
     # What comes back at tokens that do not exist may be anything.
-    tokens = torch.where(alignment.attention_mask[..., None], weights @ values, 0.0)
+    tokens = torch.where(alignment.attention_mask[..., None], _product(weights, values), 0.0)
     return tokens.to(hidden_states.dtype)
+
+
+def _product(weights: Tensor, values: Tensor) -> Tensor:
+    """Multiply in the dtype that was computed; autocast would make a half-precision product."""
+    kind = values.device.type
+    if not torch.is_autocast_enabled(kind):
+        return weights @ values
+    with torch.autocast(kind, enabled=False):
+        return weights @ values

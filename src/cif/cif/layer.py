@@ -151,6 +151,9 @@ class CIF(nn.Module):
         Returns:
             (B, T), what alpha is the sigmoid of.
         """
+        if padded.shape[1] <= 2 * self.alpha_context:
+            # No frame at all, which a convolution refuses.
+            return padded[:, :0, 0]
         if self.alpha_head == "last_channel":
             return last_channel_logits(padded)
         if self.alpha_head == "conv":
@@ -177,7 +180,7 @@ class CIF(nn.Module):
             The output of `cif.cif` with `hidden_states` (B, N, output_size), zeros past the row's
             length, and with `alphas`.
         """
-        self._check(hidden_states)
+        self._check(hidden_states, attention_mask)
         alphas = self.predict_alphas(hidden_states, attention_mask)
         out = cif(
             hidden_states,
@@ -224,9 +227,7 @@ class CIF(nn.Module):
             What `cif.cif_stream` returns, the tokens projected, with the `alphas` of the frames
             that were integrated.
         """
-        self._check(hidden_states)
-        if attention_mask is not None:
-            check_alphas(hidden_states[..., 0], attention_mask, None)
+        self._check(hidden_states, attention_mask)
         ready = with_neighbours(
             hidden_states,
             attention_mask,
@@ -236,10 +237,7 @@ class CIF(nn.Module):
             final=final,
         )
         frames = ready.hidden_states
-        if frames.shape[1] == 0:
-            alphas = torch.zeros_like(frames[..., 0])
-        else:
-            alphas = alphas_from_logits(self.alpha_logits(ready.padded), ready.frame_mask)
+        alphas = alphas_from_logits(self.alpha_logits(ready.padded), ready.frame_mask)
         out, state = cif_stream(
             frames,
             alphas,
@@ -263,9 +261,10 @@ class CIF(nn.Module):
         hidden = hidden.masked_fill(~out.attention_mask[..., None], 0.0)
         return out._replace(hidden_states=hidden)
 
-    def _check(self, hidden_states: Tensor) -> None:
+    def _check(self, hidden_states: Tensor, attention_mask: Tensor | None) -> None:
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states: expected shape (B, T, {self.hidden_size}), "
                 f"got {tuple(hidden_states.shape)}"
             )
+        check_alphas(hidden_states[..., 0], attention_mask, None)

@@ -73,7 +73,8 @@ def tail_bias(tail: Tail, tail_threshold: float) -> int:
     if tail == "round":
         return ONE // 2
     if tail == "threshold":
-        return ONE - round(tail_threshold * ONE)
+        # No rest at all fires nothing, however low the bar.
+        return ONE - max(1, round(tail_threshold * ONE))
     return ONE - 1 if tail == "keep" else 0
 
 

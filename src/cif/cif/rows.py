@@ -73,6 +73,15 @@ def usable_alphas(alphas: Tensor, attention_mask: Tensor | None, threshold: floa
     return UsableAlphas(alphas, sums, valid, frame_mask)
 
 
+def counts_on(device: torch.device, target_lengths: Tensor) -> Tensor:
+    """Bring target lengths, (B,), to the device as int64.
+
+    A copy from the CPU need not wait for what the GPU still has to do; one to the CPU must.
+    """
+    waits_for_nothing = target_lengths.device.type == "cpu"
+    return target_lengths.to(device, torch.int64, non_blocking=waits_for_nothing)
+
+
 def build_rows(
     alphas: Tensor,
     attention_mask: Tensor | None,
@@ -87,7 +96,7 @@ def build_rows(
         prefix = fixed_point_prefix(usable, threshold)
         totals = row_totals(prefix)
         if target_lengths is not None:
-            counts = target_lengths.to(prefix.device, torch.int64).clamp(min=0)
+            counts = counts_on(prefix.device, target_lengths).clamp(min=0)
         else:
             counts = tail_counts(totals, tail, tail_threshold).where(valid, 1)
         scaled = target_lengths is not None or tail == "round"

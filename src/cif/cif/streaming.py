@@ -33,7 +33,7 @@ class CIFState(NamedTuple):
         partial: (B, D) float32 (float64 for float64 input), the begun token's weighted sum.
         frames: (B,) int64, the frames seen, padding included.
         last: (B,) int64, those up to and including the last one that had any weight.
-        tokens: (B,) float64, the sum of alpha in tokens; NaN once an alpha was not finite.
+        tokens: (B,) float64, the whole tokens so far; NaN once an alpha was not finite.
         context: (B, K, D), the frames whose alphas need more of their neighbours, and those
             neighbours; None from the function, and where the layer's head looks at one frame.
         context_mask: (B, K) bool, False at masked frames.
@@ -121,8 +121,9 @@ def cif_stream(
             ended = (partial * torch.as_tensor(made_whole).to(partial).view(-1, 1))[:, None]
             hidden = torch.where(fired[..., None], ended, hidden)
             times = torch.where(fired, chunk.last[:, None].double(), times)
-        tokens = state.tokens + chunk.added.double() / ONE
-        tokens = tokens.where(usable.valid, torch.nan)
+        whole = (state.tokens + chunk.whole).where(usable.valid, torch.nan)
+        # Rounded once, as the sum of the whole row is.
+        tokens = whole + chunk.rest.double() / ONE
         lengths = lengths.clamp(max=max_tokens)
         output = CIFOutput(
             hidden_states=hidden.to(hidden_states.dtype),
@@ -134,7 +135,7 @@ def cif_stream(
         if final:
             return output, _start(hidden_states, partial.dtype)
         frames = state.frames + hidden_states.shape[1]
-        return output, CIFState(chunk.rest, partial, frames, chunk.last, tokens)
+        return output, CIFState(chunk.rest, partial, frames, chunk.last, whole)
 
 
 def check_stream(tail: str, backend: str) -> None:
@@ -157,7 +158,7 @@ class _Chunk(NamedTuple):
     Attributes:
         starts: (B, T) int64, Q.40, where each frame begins, in tokens from the beginning of the
             token that the last chunk left; ends: where it ends.
-        added: (B,) int64, Q.40, the sum of the chunk's alphas; totals: with what was left.
+        totals: (B,) int64, Q.40, the sum of the chunk's alphas and of what was left.
         whole: (B,) int64, the tokens completed; rest: (B,) int64, Q.40, what is left.
         last: (B,) int64, as in `CIFState`.
         units: (B,) float, as in `cif.rows.Rows`.
@@ -165,7 +166,6 @@ class _Chunk(NamedTuple):
 
     starts: Tensor
     ends: Tensor
-    added: Tensor
     totals: Tensor
     whole: Tensor
     rest: Tensor
@@ -187,7 +187,6 @@ class _Chunk(NamedTuple):
         return cls(
             starts=starts,
             ends=ends,
-            added=totals - state.rest,
             totals=totals,
             whole=whole,
             rest=(totals % ONE).where(usable.valid, 0),

@@ -178,6 +178,10 @@ def _frame_gradients(grad: Tensor, hidden_states: Tensor, layout: _Layout) -> tu
     starts_inside, ends_inside = (edge >> FRACTION_BITS < limits for edge in (starts, ends))
     if readable is not None:
         starts_inside, ends_inside = starts_inside & readable, ends_inside & readable
+    # A frame without weight was not read: if what stands in it is not finite, what its weight
+    # would change is not known, and is taken for nothing.
+    known = (starts < ends) | at_end.isfinite()
+    starts_inside, ends_inside = starts_inside & known, ends_inside & known
     unit = units[tokens[last]]
     d_levels = torch.stack(
         [

@@ -159,6 +159,10 @@ def integrate_backward_kernel(
             mask=exists[:, None] & in_width,
         )
     first_dot = tl.sum(first_products, axis=1)
+    # What stands in a frame without weight was not read forward: if it is not finite, what its
+    # weight would change is not known, and is taken for nothing.
+    unread = (start == end) & ((tl.abs(first_dot) < float("inf")) == 0)
+    first_dot = tl.where(unread, 0.0, first_dot)
     last_dot = tl.where(several, tl.sum(last_products, axis=1), first_dot)
     tl.store(d_levels + frame, tl.where(has_first, -unit * first_dot, 0.0), mask=exists)
     tl.store(d_levels + num_frames + frame, tl.where(has_last, unit * last_dot, 0.0), mask=exists)
@@ -343,7 +347,7 @@ def align_backward_kernel(
         all_moment += tl.where(exists, slope_here * level, 0.0)
         offset += BLOCK
     remaining = tl.sum(all_sum, axis=0)
-    shift = tl.sum(all_moment, axis=0) * 0.0
+    shift = slope * 0.0
     if SCALED:
         total = tl.maximum(tl.load(totals + row), 1).to(tl.float64) / _ONE
         shift = tl.sum(all_moment, axis=0) / total

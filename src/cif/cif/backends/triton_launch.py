@@ -100,6 +100,8 @@ def launch_align(
     if batch == 0:
         return scan
     work = scan.alpha_sum.dtype
+    mask = None if mask is None else mask.contiguous()
+    targets = None if targets is None else targets.contiguous()
     # What a frame counts in a row with bad alphas, rounded as `cif.alignment` does.
     alike = torch.tensor(threshold / max(frames, 1), dtype=work).item()
     kernels = _kernels()
@@ -152,11 +154,14 @@ def launch_align_backward(
     d_alphas = torch.empty_like(alphas, memory_format=torch.contiguous_format)
     if batch == 0 or frames == 0:
         return d_alphas
+    d_levels, d_alpha_sum = _packed(d_levels, d_alpha_sum)
+    ends, totals, slopes = _packed(ends, totals, slopes)
+    mask = None if mask is None else mask.contiguous()
     kernels = _kernels()
     with _device_of(alphas):
         kernels.align_backward_kernel[(batch,)](
-            d_levels.contiguous(),
-            d_alpha_sum.contiguous(),
+            d_levels,
+            d_alpha_sum,
             alphas,
             *alphas.stride(),
             mask,
@@ -190,6 +195,7 @@ def launch_integrate(
     if tokens == 0 or width == 0:
         return out
     hidden_states = _with_rows(hidden_states)
+    starts, ends, units = _packed(starts, ends, units)
     tile = forward_tile(width, hidden_states.dtype)
     kernels = _kernels()
     with _device_of(hidden_states):
@@ -228,6 +234,8 @@ def launch_integrate_backward(
     if width == 0 or frames == 0:
         return d_hidden, d_levels.zero_()
     grad, hidden_states = _with_rows(grad), _with_rows(hidden_states)
+    starts, ends, limits, units = _packed(starts, ends, limits, units)
+    readable = None if readable is None else readable.contiguous()
     tile = backward_tile(width, hidden_states.dtype)
     kernels = _kernels()
     with _device_of(hidden_states):
@@ -254,6 +262,11 @@ def launch_integrate_backward(
 def _kernels() -> ModuleType:
     """Import Triton no sooner than something is launched; the operators exist without it."""
     return import_module("cif.backends.triton_kernels")
+
+
+def _packed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors contiguous, as the kernels read them, copying only those that are not."""
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def _with_rows(values: Tensor) -> Tensor:
