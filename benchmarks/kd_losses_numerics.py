@@ -53,7 +53,7 @@ def student_at(kl: float, teacher: Tensor, weight: Tensor, noise: Tensor) -> Ten
 def smallest_kl(name: str, student: Tensor, weight: Tensor, teacher: Tensor) -> float:
     """The smallest KL of a token."""
     if name.startswith("linear"):
-        own = weight if "two" in name else None
+        own = weight.view_as(weight) if "two" in name else None
         losses = linear_kl_div(student, weight, teacher, own, reduction="none")
     else:
         widen = torch.float32 if "float32" in name else student.dtype

@@ -94,8 +94,9 @@ def liger_triton(student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
 def ours(
     student: Tensor, weight: Tensor, teacher: Tensor, *, two_heads: bool, backend: str
 ) -> Tensor:
-    """`linear_kl_div`; with two heads they are equal, but it does not know."""
-    return linear_kl_div(student, weight, teacher, weight if two_heads else None, backend=backend)
+    """`linear_kl_div`; with two heads they are equal, but a view is another tensor to it."""
+    other = weight.view_as(weight) if two_heads else None
+    return linear_kl_div(student, weight, teacher, other, backend=backend)
 
 
 DW = "always allocates and computes the head's gradient"

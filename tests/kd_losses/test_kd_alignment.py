@@ -98,6 +98,13 @@ def test_the_count_of_the_global_batch_divides():
     [
         (torch.ones(2, 3), torch.ones(1, 2), torch.ones(2), {}, r"\(B, S\) and \(B, N\)"),
         (torch.ones(2, 3), torch.ones(2, 2), torch.ones(3), {}, "target_length"),
+        (
+            torch.ones(2, 3),
+            torch.ones(2, 2),
+            torch.tensor([1, 3]),
+            {},
+            "target_length: .*at most 2, .*got 3",
+        ),
         (torch.ones(2, 3), torch.ones(2, 2), torch.ones(2), {"threshold": 0.0}, "threshold"),
         (torch.ones(2, 3), torch.ones(2, 2), torch.ones(2), {"reduction": "x"}, "reduction"),
     ],

@@ -90,6 +90,26 @@ def test_float64_is_left_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_finer_teacher_is_not_rounded_to_the_students_dtype(dtype, softcap):
+    student, weight, _ = problem(dtype)
+    _, teacher_weight, teacher = problem(torch.float32)
+    # the student's logits as its dtype gives them, the teacher's as they are
+    logits = (student @ weight.T).double().requires_grad_()
+    capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = kl_div_with_logits(capped, (teacher @ teacher_weight.T).double())
+    (logits_gradient,) = torch.autograd.grad(expected, logits)
+    expected_gradient = logits_gradient @ weight.double()
+    leaf = student.clone().requires_grad_()
+    loss = linear_kl_div(leaf, weight, teacher, teacher_weight, softcap=softcap, chunk_size=8)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    # the gradient is rounded to the student's dtype, before and after its product
+    error = (leaf.grad - expected_gradient).norm() / expected_gradient.norm()
+    assert error < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_losses_of_half_precision_are_float32(dtype):
     student, weight, teacher = problem(dtype)
     assert linear_kl_div(student, weight, teacher).dtype == torch.float32

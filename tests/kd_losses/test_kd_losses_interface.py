@@ -1,6 +1,7 @@
 """Errors that name what, expected, got, remedy; the modules; the quantity loss by hand; README."""
 
 import re
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,8 @@ SOME = torch.tensor([[True, False, True], [True, True, True]])
             "teacher_linear_weight: .*7 entries, got 9; pass vocab_size",
         ),
         (lambda: linear_kl_div(X, W, X, vocab_size=8), ValueError, "vocab_size: .*1 to 7"),
+        (lambda: linear_kl_div(X, W, X, softcap=0), ValueError, "^softcap: .*got 0"),
+        (lambda: linear_kl_div(X, W, X, teacher_softcap=-1), ValueError, "^teacher_softcap: .*-1"),
         (lambda: linear_kl_div(X, W, X, chunk_size=0), ValueError, "chunk_size: .*got 0"),
         (
             lambda: kl_div_with_logits(X, X[..., :3]),
@@ -122,8 +125,26 @@ def test_the_quantity_loss_by_hand():
     assert half.grad.item() == -1
 
 
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (LinearKLDivLoss, linear_kl_div),
+        (LinearCrossEntropyLoss, linear_cross_entropy),
+        (CIFQuantityLoss, cif_quantity_loss),
+    ],
+)
+def test_modules_take_every_argument_of_their_functions(module, function):
+    def defaults(*callables):
+        parameters = [p for call in callables for p in signature(call).parameters.values()]
+        return {p.name: p.default for p in parameters}
+
+    assert defaults(module, module().forward) == defaults(function)
+
+
 def test_modules_equal_their_functions():
     options = {
+        "softcap": 3.0,
+        "teacher_softcap": 0.5,
         "temperature": 2.0,
         "scale_by_temperature_squared": True,
         "reduction": "sum",
@@ -140,7 +161,13 @@ def test_modules_equal_their_functions():
         LinearKLDivLoss()(*args, num_items=9, **masks), linear_kl_div(*args, num_items=9, **masks)
     )
 
-    options = {"ignore_index": 0, "temperature": 3.0, "reduction": "none", "chunk_size": 1}
+    options = {
+        "softcap": 0.7,
+        "ignore_index": 0,
+        "temperature": 3.0,
+        "reduction": "none",
+        "chunk_size": 1,
+    }
     target, bias = torch.tensor([[0, 1, 2], [3, 0, 5]]), torch.randn(7)
     expected = linear_cross_entropy(X, W, target, linear_bias=bias, vocab_size=6, **options)
     module = LinearCrossEntropyLoss(vocab_size=6, **options)

@@ -109,7 +109,7 @@ def test_temperature_squared_multiplies_value_and_gradient(kind):
         if kind == "logits":
             return kl_div_with_logits(h @ weight.T, teacher @ weight.T, temperature=3.0, **options)
         head = weight.clone().requires_grad_(kind == "trainable")
-        teacher_weight = weight if kind == "two heads" else None
+        teacher_weight = weight.clone() if kind == "two heads" else None
         return linear_kl_div(h, head, teacher, teacher_weight, temperature=3.0, **options)
 
     expected = value_and_gradient(

@@ -34,7 +34,7 @@ def cif_alignment_loss(
         alphas: (B, S) floating point: the weights before any scaling, zero on padding.
         token_ends: (B, N) floating point: where each token ends, in frames of ``alphas``, never
             decreasing along a row; what stands at and after the last token is not read.
-        target_length: (B,) integer: how many of the N columns are real tokens.
+        target_length: (B,) integer, at most N: how many of the columns are real tokens.
         threshold: CIF's firing threshold.
         reduction: "mean" over the tokens, "sum" or "none".
         num_items: with "mean", divides instead of the tokens' number: those of the whole global
@@ -46,7 +46,8 @@ def cif_alignment_loss(
 
     Raises:
         TypeError: alphas isn't floating point.
-        ValueError: the shapes do not fit each other, or an option is unknown.
+        ValueError: the shapes do not fit each other, an option is unknown, or, on a CPU, where
+            looking costs no synchronisation, a target_length exceeds N.
     """
     check_reduction(reduction, num_items)
     if not alphas.is_floating_point():
@@ -65,6 +66,12 @@ def cif_alignment_loss(
             "number per sequence"
         )
     frames, columns = alphas.shape[1], token_ends.shape[1]
+    on_cpu = target_length.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and bool((target_length > columns).any()):
+        raise ValueError(
+            f"target_length: expected at most {columns}, the columns of token_ends, got "
+            f"{target_length.max().item()}; give every token an end, or count those that have one"
+        )
     weights = alphas.to(accumulation_dtype(alphas.dtype))
     before = F.pad(weights.cumsum(dim=1), (1, 1))  # before[b, t]: weight of the first t frames
     position = torch.arange(columns, device=alphas.device)

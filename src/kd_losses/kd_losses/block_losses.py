@@ -28,7 +28,8 @@ class Block(NamedTuple):
         teacher: (k, V) logits or None.
         student: (k, V) logits or None.
         difference: (k, V) student minus teacher logits, known where both share a head, or None.
-        extras: what else the loss needs: target; ids and log probabilities of an offline teacher.
+        extras: what else the loss needs: target, and in BOTH which rows have one and the factors;
+            ids and log probabilities of an offline teacher.
         rounded: whether the logits have been rounded to half precision.
     """
 
@@ -92,7 +93,7 @@ def _both(
 ) -> tuple[list[Tensor], Tensor | None]:
     teacher, student = block.teacher, block.student
     assert teacher is not None
-    target, factors = block.extras
+    target, counts, factors = block.extras
     # a softmax more, but no product more: the student's logits are known already
     if student is None:
         logits = torch.add(teacher, difference, out=scratch(3))
@@ -106,6 +107,8 @@ def _both(
         rounded=block.rounded,
     )  # fmt: skip
     ce, ce_gradient = cross_entropy_rows(logits, target, scratch, with_gradient=with_gradient)
+    # where there is no target a word stands in, which may be forbidden, and 0 * inf is NaN
+    ce = ce.masked_fill(~counts, 0)
     factors = factors.to(kl)
     total = torch.addcmul(factors[:, 0] * kl, factors[:, 1], ce)
     if gradient is not None and ce_gradient is not None:

@@ -103,7 +103,9 @@ def _compute(
     count = len(student) if valid is None else int(valid.sum())
     losses[:, count:], gradient[count:] = 0, 0
     rows = chunk_rows(chunk_size, count, student.device)
-    buffer = _buffer((1 if teacher is None else 2) * rows, weight)
+    buffer = _buffer(
+        (1 if teacher is None else 2) * rows, weight, _logits_dtype(weight, teacher_weight)
+    )
     room = _Room(_block_rows(rows, losses[:, :1], weight), weight)
     # the head is in autocast's dtype already; sums over the vocabulary must stay as they are
     with torch.autocast(student.device.type, enabled=False):
@@ -137,17 +139,24 @@ def _results(
     return losses, student.new_empty(len(student) if with_gradient else 0, student.shape[1])
 
 
-def _buffer(rows: int, weight: Tensor) -> Tensor:
+def _logits_dtype(weight: Tensor, teacher_weight: Tensor | None) -> torch.dtype:
+    """The student's, unless a finer teacher's logits would be rounded to half precision by it."""
+    if teacher_weight is None or teacher_weight.dtype == weight.dtype:
+        return weight.dtype
+    return accumulation_dtype(weight.dtype)
+
+
+def _buffer(rows: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for logits (rows, V), each row of which lies an odd number of cache lines further on.
 
     After a multiple of 4 KiB, as 49,152 entries are, all rows fall on the same lines of a cache,
     which takes a product in float32 a tenth longer. One in half precision takes the same time.
     """
     size, stride = weight.shape[0], weight.shape[0]
-    if weight.device.type == "cpu" and weight.element_size() >= 4:
-        line = 64 // weight.element_size()
+    if weight.device.type == "cpu" and dtype.itemsize >= 4:
+        line = 64 // dtype.itemsize
         stride = (math.ceil(size / line) | 1) * line
-    return weight.new_empty(rows, stride)[:, :size]
+    return weight.new_empty(rows, stride, dtype=dtype)[:, :size]
 
 
 def _block_rows(rows: int, a_loss: Tensor, weight: Tensor) -> int:
@@ -175,7 +184,7 @@ def _blocks(
         What the rows of that gradient have been divided by, (c, 1), if they have.
     """
     scales = None
-    if with_gradient and logits.dtype == torch.float16:
+    if with_gradient and head.weight.dtype == torch.float16:
         scales = losses.new_empty(logits.shape[1], 1)
     block_rows = room.rows
     for start in range(0, logits.shape[1], block_rows):
@@ -232,24 +241,23 @@ def _(
 
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, temperature: float, student: Tensor, *options: Any) -> Tensor:
+    def forward(ctx: Any, temperature: float, student: Tensor, *options: Any) -> Tensor:
         # the compiler sees one operator, not a loop
         compute = _compute_whole if torch.compiler.is_compiling() else _compute
         losses, gradient = compute(student, *options)
         ctx.save_for_backward(gradient)
-        ctx.temperature, ctx.name, ctx.options = temperature, name, len(options)
+        ctx.temperature, ctx.options = temperature, len(options)
         return losses
 
     @staticmethod
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         factors = grad_losses[0] / ctx.temperature
-        grad_student = scale_row_gradients(gradient, factors, ctx.name)
-        return (None, None, grad_student, *(None,) * ctx.options)
+        grad_student = scale_row_gradients(gradient, factors)
+        return (None, grad_student, *(None,) * ctx.options)
 
 
 def frozen_head_losses(
-    name: str,
     student: Tensor,
     teacher: Tensor | None,
     head: LinearHead,
@@ -266,7 +274,6 @@ def frozen_head_losses(
     """Losses (m, n) of all rows; the first is differentiable with respect to ``student``.
 
     Args:
-        name: of the public function, for messages.
         student: (n, H).
         teacher: (n, H'), or None for a loss without a teacher's head.
         head: the student's.
@@ -285,7 +292,7 @@ def frozen_head_losses(
         own = (teacher_head.weight, teacher_head.bias, teacher_head.softcap)
     with_gradient = torch.is_grad_enabled() and student.requires_grad
     losses: Tensor = _FrozenHead.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
-        name, temperature, student, teacher, head.weight, kind, with_gradient, valid, head.bias,
+        temperature, student, teacher, head.weight, kind, with_gradient, valid, head.bias,
         head.softcap, *own, list(extras), parameter, temperature, chunk_size, backend,
     )  # fmt: skip
     return losses

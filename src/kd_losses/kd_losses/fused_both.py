@@ -12,10 +12,16 @@ from torch import Tensor
 
 from kd_losses.block_losses import BOTH
 from kd_losses.frozen_head import frozen_head_losses
-from kd_losses.fused_cross_entropy import check_targets, linear_cross_entropy
+from kd_losses.fused_cross_entropy import check_target, linear_cross_entropy
 from kd_losses.fused_divergence import linear_divergence, pair_heads
-from kd_losses.head import check_below_infinity, check_chunk_size, make_head, wants_gradient
-from kd_losses.reduction import accumulation_dtype, check_reduction, check_temperature
+from kd_losses.head import (
+    check_below_infinity,
+    check_chunk_size,
+    check_in_vocabulary,
+    make_head,
+    wants_gradient,
+)
+from kd_losses.reduction import accumulation_dtype, check_reduction, check_temperature, divisor
 from kd_losses.selection import pick, select_pair
 
 
@@ -102,11 +108,7 @@ def linear_kl_div_cross_entropy(
         input, teacher_input.detach(), mask, teacher_mask, names=("input", "teacher_input"),
         in_graph=in_graph,
     )  # fmt: skip
-    if target.dtype != torch.int64 or target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target: expected int64 of the leading shape of input {tuple(input.shape[:-1])}, got "
-            f"{target.dtype} of {tuple(target.shape)}; one index per position"
-        )
+    check_target(target, input)
     index = pick(target.unsqueeze(-1), mask, in_graph and valid is not None).squeeze(-1)
     counts = index != ignore_index
     if valid is not None:
@@ -115,6 +117,7 @@ def linear_kl_div_cross_entropy(
     shared, teacher_head = pair_heads(
         head,
         linear_weight,
+        linear_bias,
         teacher_linear_weight,
         teacher_linear_bias,
         teacher_softcap,
@@ -122,13 +125,13 @@ def linear_kl_div_cross_entropy(
         vocab_size,
     )
     index = torch.where(counts, index, 0)
-    check_targets(index, head.weight.shape[0])
+    check_in_vocabulary("target", index, len(head.weight), " or ignore_index")
     squared = temperature**2 if scale_by_temperature_squared else 1.0
     # factors of the sums that make means of them
-    kl_share = squared / _divisor(
-        num_items, len(student) if valid is None else valid.sum(), student
-    )
-    ce_share = 1 / _divisor(target_num_items, counts.sum(), student)
+    one = student.new_ones((), dtype=accumulation_dtype(student.dtype))
+    rows = len(student) if valid is None else valid.sum()
+    kl_share = squared * one / divisor(num_items, rows, one)
+    ce_share = one / divisor(target_num_items, counts.sum(), one)
     if trainable:
         kl = linear_divergence(
             student,
@@ -161,7 +164,6 @@ def linear_kl_div_cross_entropy(
         kl_factors = (kl_weight * kl_share).expand(len(student))
         factors = torch.stack([kl_factors, cross_entropy_weight * ce_share * counts], dim=-1)
         total, kl, ce = frozen_head_losses(
-            "linear_kl_div_cross_entropy",
             student,
             teacher,
             head,
@@ -170,20 +172,10 @@ def linear_kl_div_cross_entropy(
             parameter=temperature,
             temperature=temperature,
             chunk_size=chunk_size,
-            extras=(index, factors),
+            extras=(index, counts, factors),
             valid=valid,
         )
     check_below_infinity(total, ("input", student, head), ("teacher_input", teacher, teacher_head))
     return KLAndCrossEntropy(
-        total.sum(), kl.detach().sum() * kl_share, (ce.detach() * counts).sum() * ce_share
+        total.sum(), kl.detach().sum() * kl_share, ce.detach().sum() * ce_share
     )
-
-
-def _divisor(num_items: float | Tensor | None, count: int | Tensor, like: Tensor) -> Tensor:
-    """The number that a sum is divided by, a scalar on the device, at least 1 if it is a count."""
-    number = count if num_items is None else num_items
-    dtype = accumulation_dtype(like.dtype)
-    if not isinstance(number, Tensor):
-        least = 1 if num_items is None else number
-        return torch.full((), max(least, number), dtype=dtype, device=like.device)
-    return number.detach().reshape(()).to(like.device, dtype).clamp(min=1)

@@ -15,6 +15,7 @@ from kd_losses.head import (
     LinearHead,
     check_below_infinity,
     check_chunk_size,
+    check_in_vocabulary,
     chunk_rows,
     make_head,
     wants_gradient,
@@ -96,13 +97,7 @@ def linear_cross_entropy(
     check_temperature(temperature)
     check_chunk_size(chunk_size)
     check_rows("input", input)
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: expected int64 indices, got {target.dtype}; pass target.long()")
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target: expected the leading shape of input {tuple(input.shape[:-1])}, got "
-            f"{tuple(target.shape)}; one index per position"
-        )
+    check_target(target, input)
     counts = target != ignore_index
     trainable = wants_gradient(linear_weight, linear_bias)
     valid = None
@@ -113,12 +108,11 @@ def linear_cross_entropy(
     else:
         rows, index = selected(input, counts), selected(target, counts)
     head = make_head("linear_weight", linear_weight, linear_bias, rows, vocab_size, softcap)
-    check_targets(index, head.weight.shape[0])
+    check_in_vocabulary("target", index, len(head.weight), " or ignore_index")
     if trainable:
         losses = _trainable_head_cross_entropy(rows, index, head, temperature, chunk_size)
     else:
         losses = frozen_head_losses(
-            "linear_cross_entropy",
             rows,
             None,
             head,
@@ -136,13 +130,12 @@ def linear_cross_entropy(
     return reduce_loss(losses, reduction, num_items, valid)
 
 
-def check_targets(index: Tensor, vocabulary: int) -> None:
-    """Raise, on a CPU, where it costs no synchronisation, if an index isn't in the vocabulary."""
-    if torch.compiler.is_compiling() or index.device.type != "cpu" or index.numel() == 0:
-        return
-    smallest, largest = int(index.min()), int(index.max())
-    if smallest < 0 or largest >= vocabulary:
+def check_target(target: Tensor, input: Tensor) -> None:
+    """Raise unless ``target`` has an int64 index for each position of ``input`` (..., H)."""
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected int64 indices, got {target.dtype}; pass target.long()")
+    if target.shape != input.shape[:-1]:
         raise ValueError(
-            f"target: expected 0 to {vocabulary - 1} or ignore_index, got {smallest} to {largest}; "
-            "check vocab_size and the tokenizer"
+            f"target: expected the leading shape of input {tuple(input.shape[:-1])}, got "
+            f"{tuple(target.shape)}; one index per position"
         )

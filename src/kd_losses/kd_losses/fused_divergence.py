@@ -17,6 +17,7 @@ from kd_losses.head import (
     check_below_infinity,
     check_bias,
     check_chunk_size,
+    check_softcap,
     chunk_rows,
     gathered,
     make_head,
@@ -82,11 +83,12 @@ def linear_divergence(
     logits / T). Only selected rows reach the head, a chunk at a time, and with a frozen head one
     (n, H) tensor is kept for backward.
 
-    If teacher and student share the head (``teacher_linear_weight`` None, no soft cap), the
-    difference of the hidden states goes through the head instead of that of two rounded logits:
-    the divergence is never negative, exactly 0 for equal hidden states, and its bfloat16 gradient
-    keeps its precision as it gets small. If the student's head wants a gradient (weight or bias
-    requires_grad), its logits are recomputed in backward, and the head gets its gradient too.
+    If teacher and student share the head (``teacher_linear_weight`` None or the very tensor
+    ``linear_weight``, the same bias, no soft cap), the difference of the hidden states goes through
+    the head instead of that of two rounded logits: the divergence is never negative, exactly 0 for
+    equal hidden states, and its bfloat16 gradient keeps its precision as it gets small. If the
+    student's head wants a gradient (weight or bias requires_grad), its logits are recomputed in
+    backward, and the head gets its gradient too.
 
     Equals: ``divergence_with_logits(F.linear(input, W, b), F.linear(teacher_input, Wt, bt), ...)``
 
@@ -113,7 +115,8 @@ def linear_divergence(
         scale_by_temperature_squared: multiply value and gradient by temperature squared.
         reduction: "mean" over the selected positions, "sum", or "none".
         num_items: with "mean", divides instead of the number of selected positions: the count of
-            the whole global batch under gradient accumulation or data parallelism.
+            the whole global batch under gradient accumulation or data parallelism. Less than 1
+            counts as 1.
         vocab_size: use only the first vocab_size entries of both heads; the rest is padding.
         chunk_size: rows per matrix product; None: at most 128 on a CPU, 1,024 elsewhere.
         backend: for the passes over the logits. "triton" works on forward KL with a frozen head
@@ -142,6 +145,7 @@ def linear_divergence(
     shared, teacher_head = pair_heads(
         head,
         linear_weight,
+        linear_bias,
         teacher_linear_weight,
         teacher_linear_bias,
         teacher_softcap,
@@ -162,7 +166,6 @@ def linear_divergence(
         )
     else:
         losses = frozen_head_losses(
-            "linear_divergence",
             student,
             teacher,
             head,
@@ -193,6 +196,7 @@ def _why_not_kernels(divergence: str, head: LinearHead, trainable: bool) -> str 
 def pair_heads(
     head: LinearHead,
     weight: Tensor,
+    bias: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     teacher_softcap: float | None,
@@ -202,11 +206,12 @@ def pair_heads(
     """The teacher's head beside the student's.
 
     Args:
-        head: the student's, made from ``weight``.
+        head: the student's, made from ``weight`` and ``bias``.
         weight: (V, H).
+        bias: (V,) or None.
         teacher_weight: (V, H') or None: the student's.
-        teacher_bias: (V,) or None: the student's if the weight is shared.
-        teacher_softcap: None: the student's if the weight is shared.
+        teacher_bias: (V,) or None: the student's if ``teacher_weight`` is None.
+        teacher_softcap: None: the student's if ``teacher_weight`` is None.
         teacher: (n, H').
         vocab_size: keep the first vocab_size entries.
 
@@ -214,25 +219,28 @@ def pair_heads(
         Whether teacher and student differ by their hidden states alone, such that the difference
         may go through the head; and the teacher's head, detached.
     """
-    one_weight = teacher_weight is None
+    if teacher_weight is None:
+        teacher_weight = weight
+        teacher_bias = bias if teacher_bias is None else teacher_bias
+        teacher_softcap = head.softcap if teacher_softcap is None else teacher_softcap
+    one_weight, one_bias = teacher_weight is weight, teacher_bias is bias
     if one_weight and head.weight.shape[1] == teacher.shape[1]:
         # gathered, trimmed and cast already
-        own_bias = head.bias
-        if teacher_bias is not None:
-            check_bias("teacher_linear_bias", teacher_bias, weight)
-            own_bias = gathered(teacher_bias)[: len(head.weight)]
-        softcap = head.softcap if teacher_softcap is None else teacher_softcap
-        teacher_head = LinearHead(head.weight, own_bias, softcap).detach()
+        own_bias = head.bias if one_bias else teacher_bias
+        if own_bias is not None and not one_bias:
+            check_bias("teacher_linear_bias", own_bias, weight)
+            own_bias = gathered(own_bias)[: len(head.weight)]
+        check_softcap("teacher_softcap", teacher_softcap)
+        teacher_head = LinearHead(head.weight, own_bias, teacher_softcap).detach()
     else:
-        own_weight = weight if teacher_weight is None else teacher_weight
         teacher_head = make_head(
             "teacher_linear_weight",
-            own_weight,
+            teacher_weight,
             teacher_bias,
-            teacher.to(own_weight.dtype),
+            teacher.to(teacher_weight.dtype),
             vocab_size,
             teacher_softcap,
         ).detach()
     check_same_vocabulary("teacher_linear_weight", len(head.weight), len(teacher_head.weight))
     no_softcap = head.softcap is None and teacher_softcap is None
-    return one_weight and teacher_bias is None and no_softcap, teacher_head
+    return one_weight and one_bias and no_softcap, teacher_head

@@ -38,7 +38,7 @@ def linear_kl_div(
     logits / T). Only selected rows reach the head, a chunk at a time, and with a frozen head one
     (n, H) tensor is kept for backward.
 
-    If teacher and student share the head (``teacher_linear_weight`` None), the difference of the
+    If teacher and student share the head (see ``linear_divergence``), the difference of the
     hidden states goes through the head instead of that of two rounded logits: KL is never
     negative, exactly 0 for equal hidden states, and its bfloat16 gradient keeps its precision as
     KL gets small. If the student's head wants a gradient (weight or bias requires_grad), its

@@ -15,6 +15,7 @@ from kd_losses.frozen_head import frozen_head_losses
 from kd_losses.head import (
     check_below_infinity,
     check_chunk_size,
+    check_in_vocabulary,
     chunk_rows,
     make_head,
     wants_gradient,
@@ -54,7 +55,8 @@ def linear_topk_kl_div(
             (B, L, H): the selected positions' alone.
         topk_logprobs: likewise, floating point: the teacher's log probabilities, after its own
             softmax over the whole vocabulary and after its temperature.
-        tail: "bucket": all other entries count as one, with what is left of the probability.
+        tail: "bucket": all other entries count as one, with what is left of the probability. That
+            is taken for rounding, and is dropped, where the student can say none of the others.
             "renormalize": the K probabilities are divided by their sum, the others are 0.
         linear_bias: (V,) or None.
         softcap: logits become softcap * tanh(logits / softcap), before the temperature.
@@ -72,7 +74,8 @@ def linear_topk_kl_div(
 
     Raises:
         TypeError: a mask isn't boolean, ids aren't int64, or dtypes don't fit.
-        ValueError: shapes don't fit, an option is out of range, or, on a CPU, a logit is +inf.
+        ValueError: shapes don't fit, an option is out of range, or, on a CPU, an id isn't in the
+            vocabulary or a logit is +inf.
     """
     check_reduction(reduction, num_items)
     check_temperature(temperature)
@@ -95,6 +98,7 @@ def linear_topk_kl_div(
     flat = topk_ids.ndim == 2 and input.ndim == 3
     ids = topk_ids if flat else pick(topk_ids, mask, in_graph)
     head = make_head("linear_weight", linear_weight, linear_bias, rows, vocab_size, softcap)
+    check_in_vocabulary("topk_ids", ids, len(head.weight))
     if trainable:
         whole = tail == "bucket"
 
@@ -111,7 +115,6 @@ def linear_topk_kl_div(
         )
     else:
         losses = frozen_head_losses(
-            "linear_topk_kl_div",
             rows,
             None,
             head,
@@ -137,8 +140,12 @@ def _plain_topk(logits: Tensor, ids: Tensor, log_probs: Tensor, whole: bool) -> 
         log_p = torch.log_softmax(log_p, dim=-1)
     p = log_p.exp()
     losses = torch.where(p > 0, p * (log_p - known), 0.0).sum(-1)
-    if not whole or ids.shape[-1] == logits.shape[-1]:
+    if not whole:
         return losses
     rest = (1 - p.sum(-1)).clamp(min=0)
-    log_rest_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1)
-    return losses + torch.where(rest > 0, rest * (rest.clamp(min=1e-30).log() - log_rest_q), 0.0)
+    others = log_q.scatter(-1, ids, -torch.inf)
+    # where the student can say none of the others, what is left over of the rest is rounding
+    has_rest = (rest > 0) & (others > -torch.inf).any(-1)
+    # of nothing but -inf logsumexp's gradient is NaN, even times 0
+    log_rest_q = others.masked_fill(~has_rest.unsqueeze(-1), 0.0).logsumexp(-1)
+    return losses + torch.where(has_rest, rest * (rest.clamp(min=1e-30).log() - log_rest_q), 0.0)

@@ -98,11 +98,7 @@ def make_head(
         )
     if bias is not None:
         check_bias(name.replace("weight", "bias"), bias, weight)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(
-            f"{name.replace('linear_weight', 'softcap')}: expected a positive finite number, got "
-            f"{softcap}; None leaves the logits as they are"
-        )
+    check_softcap(name.replace("linear_weight", "softcap"), softcap)
     size = trim_vocabulary(name, weight.shape[0], vocab_size)
     dtype = compute_dtype(weight)
     if dtype != compute_dtype(rows):
@@ -120,6 +116,15 @@ def check_bias(name: str, bias: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"{name}: expected shape ({weight.shape[0]},) to fit {name.replace('bias', 'weight')}, "
             f"got {tuple(bias.shape)}"
+        )
+
+
+def check_softcap(name: str, softcap: float | None) -> None:
+    """Raise unless ``softcap`` is None or a positive finite number."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(
+            f"{name}: expected a positive finite number, got {softcap}; None leaves the logits as "
+            "they are"
         )
 
 
@@ -157,6 +162,25 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise ValueError(f"chunk_size: expected at least 1 row, got {chunk_size}; None chooses")
 
 
+def check_in_vocabulary(name: str, ids: Tensor, vocabulary: int, besides: str = "") -> None:
+    """Raise, on a CPU, where it costs no synchronisation, if an id isn't in the vocabulary.
+
+    Args:
+        name: what the caller calls ``ids``.
+        ids: int64, those that count.
+        vocabulary: V.
+        besides: what else the caller may give, for the message.
+    """
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    smallest, largest = int(ids.min()), int(ids.max())
+    if smallest < 0 or largest >= vocabulary:
+        raise ValueError(
+            f"{name}: expected 0 to {vocabulary - 1}{besides}, got {smallest} to {largest}; check "
+            "vocab_size and the tokenizer"
+        )
+
+
 def check_below_infinity(losses: Tensor, *sides: tuple[str, Tensor, LinearHead]) -> None:
     """Name the logits of +inf, of which a softmax is NaN, on a CPU, where looking costs nothing.
 
@@ -187,7 +211,7 @@ def chunk_rows(chunk_size: int | None, rows: int, device: torch.device) -> int:
     return max(1, math.ceil(rows / chunks))
 
 
-def scale_row_gradients(gradient: Tensor, factors: Tensor, name: str) -> Tensor:
+def scale_row_gradients(gradient: Tensor, factors: Tensor) -> Tensor:
     """The backward of a fused loss: its rows' gradients (n, H) times the factors (n,).
 
     Raises:
@@ -195,8 +219,9 @@ def scale_row_gradients(gradient: Tensor, factors: Tensor, name: str) -> Tensor:
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name}: with a frozen head it can be differentiated once, got create_graph=True; for "
-            "second derivatives apply the head and use a loss on logits"
+            "create_graph: expected False, for a loss fused with a frozen head can be "
+            "differentiated once, got True; for second derivatives apply the head and use a loss "
+            "on logits"
         )
     return (gradient * factors.unsqueeze(-1)).to(gradient.dtype)
 
@@ -214,29 +239,33 @@ def head_products(
         (2, c, V): the teacher's logits, then the student's or, with a shared head, their
         difference; (1, c, V), the student's, without a teacher.
     """
-    dtype = head.weight.dtype
     parts = 1 if teacher is None else 2
     logits = buffer[: parts * len(student)].view(parts, len(student), -1)
     if teacher is None:
-        torch.mm(student.to(dtype), head.weight.t(), out=logits[0])
+        _product(student, head.weight, logits[0])
     elif teacher_head is None:
         # subtracting before the product is what saves the small differences
+        dtype = head.weight.dtype
         both = torch.cat([teacher.to(dtype), (student - teacher).to(dtype)])
-        torch.mm(both, head.weight.t(), out=logits.view(-1, logits.shape[-1]))
+        _product(both, head.weight, logits.view(-1, logits.shape[-1]))
     else:
-        torch.mm(student.to(dtype), head.weight.t(), out=logits[1])
-        own = teacher.to(teacher_head.weight.dtype)
-        if own.dtype == dtype:
-            torch.mm(own, teacher_head.weight.t(), out=logits[0])
-        else:
-            logits[0] = own @ teacher_head.weight.t()
+        _product(student, head.weight, logits[1])
+        _product(teacher, teacher_head.weight, logits[0])
     return logits
+
+
+def _product(rows: Tensor, weight: Tensor, logits: Tensor) -> None:
+    if logits.dtype == weight.dtype:
+        torch.mm(rows.to(weight.dtype), weight.t(), out=logits)
+    else:
+        logits.copy_(rows.to(weight.dtype) @ weight.t())
 
 
 def pull_back(
     logits_gradient: Tensor, scales: Tensor | None, weight: Tensor, gradient: Tensor
 ) -> None:
     """Write the rows' gradient (c, H), from that of the logits (c, V)."""
+    logits_gradient = logits_gradient.to(weight.dtype)
     if scales is None and gradient.dtype == weight.dtype:
         torch.mm(logits_gradient, weight, out=gradient)
         return

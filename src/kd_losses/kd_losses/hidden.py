@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kd_losses.reduction import Reduction, accumulation_dtype, check_reduction, reduce_loss
 from kd_losses.selection import select_pair
+
+# F.normalize's; dividing by it, as F.normalize does, gives a zero vector a gradient of 1e12
+_SHORTEST = 1e-12
 
 
 def _select(
@@ -73,9 +75,10 @@ def hidden_cosine_loss(
     """One minus the cosine of hidden states, blind to their lengths.
 
     Computed as half the squared distance of the unit vectors, which does not cancel when they are
-    close. A zero vector is no direction: its cosine is taken as 1/2, its gradient is finite.
+    close. A vector shorter than 1e-12 is no direction: its cosine with one is taken as 1/2, and it
+    gets no gradient.
 
-    Equals: ``1 - F.cosine_similarity(input, teacher_input, dim=-1)``, for vectors that aren't zero.
+    Equals: ``1 - F.cosine_similarity(input, teacher_input, dim=-1)``, for longer vectors.
 
     Args:
         input: (B, L, H) or (n, H) the student's.
@@ -94,5 +97,12 @@ def hidden_cosine_loss(
     """
     check_reduction(reduction, num_items)
     student, teacher = _select(input, teacher_input, mask, teacher_mask)
-    distance = F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)
+    distance = _directions(student) - _directions(teacher)
     return reduce_loss(distance.square().sum(-1) / 2, reduction, num_items)
+
+
+def _directions(rows: Tensor) -> Tensor:
+    """Unit vectors (n, H) of rows (n, H); zeros without gradient of rows that have no direction."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    none = lengths < _SHORTEST
+    return rows.masked_fill(none, 0) / lengths.masked_fill(none, 1)

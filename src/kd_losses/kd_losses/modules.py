@@ -5,6 +5,7 @@ Letters: B batch, L positions, n rows, H width, V vocabulary.
 
 from torch import Tensor, nn
 
+from kd_losses.backends import Backend
 from kd_losses.fused_cross_entropy import linear_cross_entropy
 from kd_losses.fused_kl import linear_kl_div
 from kd_losses.quantity import QuantityMode, cif_quantity_loss
@@ -17,18 +18,24 @@ class LinearKLDivLoss(nn.Module):
     def __init__(
         self,
         *,
+        softcap: float | None = None,
+        teacher_softcap: float | None = None,
         temperature: float = 1.0,
         scale_by_temperature_squared: bool = False,
         reduction: Reduction = "mean",
         vocab_size: int | None = None,
         chunk_size: int | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        self.softcap = softcap
+        self.teacher_softcap = teacher_softcap
         self.temperature = temperature
         self.scale_by_temperature_squared = scale_by_temperature_squared
         self.reduction: Reduction = reduction
         self.vocab_size = vocab_size
         self.chunk_size = chunk_size
+        self.backend: Backend = backend
 
     def forward(
         self,
@@ -51,6 +58,8 @@ class LinearKLDivLoss(nn.Module):
             teacher_linear_weight,
             linear_bias=linear_bias,
             teacher_linear_bias=teacher_linear_bias,
+            softcap=self.softcap,
+            teacher_softcap=self.teacher_softcap,
             mask=mask,
             teacher_mask=teacher_mask,
             temperature=self.temperature,
@@ -59,6 +68,7 @@ class LinearKLDivLoss(nn.Module):
             num_items=num_items,
             vocab_size=self.vocab_size,
             chunk_size=self.chunk_size,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
@@ -66,7 +76,8 @@ class LinearKLDivLoss(nn.Module):
         return (
             f"temperature={self.temperature}, "
             f"scale_by_temperature_squared={self.scale_by_temperature_squared}, "
-            f"reduction={self.reduction!r}, vocab_size={self.vocab_size}"
+            f"reduction={self.reduction!r}, vocab_size={self.vocab_size}, "
+            f"softcap={self.softcap}, teacher_softcap={self.teacher_softcap}"
         )
 
 
@@ -76,6 +87,7 @@ class LinearCrossEntropyLoss(nn.Module):
     def __init__(
         self,
         *,
+        softcap: float | None = None,
         ignore_index: int = -100,
         temperature: float = 1.0,
         reduction: Reduction = "mean",
@@ -83,6 +95,7 @@ class LinearCrossEntropyLoss(nn.Module):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        self.softcap = softcap
         self.ignore_index = ignore_index
         self.temperature = temperature
         self.reduction: Reduction = reduction
@@ -104,6 +117,7 @@ class LinearCrossEntropyLoss(nn.Module):
             linear_weight,
             target,
             linear_bias=linear_bias,
+            softcap=self.softcap,
             ignore_index=self.ignore_index,
             temperature=self.temperature,
             reduction=self.reduction,
@@ -116,7 +130,7 @@ class LinearCrossEntropyLoss(nn.Module):
         """The options, for ``repr``."""
         return (
             f"ignore_index={self.ignore_index}, temperature={self.temperature}, "
-            f"reduction={self.reduction!r}, vocab_size={self.vocab_size}"
+            f"reduction={self.reduction!r}, vocab_size={self.vocab_size}, softcap={self.softcap}"
         )
 
 

@@ -42,8 +42,9 @@ def reduce_loss(
     Args:
         losses: (n,) floating point.
         reduction: "none", "sum", or "mean": the sum divided by max(1, n).
-        num_items: divides instead of n. Under gradient accumulation or data parallelism give the
-            count of the whole global batch; the micro-batches' losses then add up to its mean.
+        num_items: divides instead of n; 1 if it is less. Under gradient accumulation or data
+            parallelism give the count of the whole global batch; the micro-batches' losses then add
+            up to its mean.
         valid: (n,) boolean, where False the loss is 0 and doesn't count; None: all count.
 
     Returns:
@@ -55,11 +56,15 @@ def reduce_loss(
     total = losses.sum()
     if reduction == "sum":
         return total
-    if num_items is None and valid is not None:
-        num_items = valid.sum()
-    if isinstance(num_items, Tensor):
-        return total / num_items.reshape(()).to(total).clamp(min=1)
-    return total / max(1, losses.numel() if num_items is None else num_items)
+    return total / divisor(num_items, losses.numel() if valid is None else valid.sum(), total)
+
+
+def divisor(num_items: float | Tensor | None, count: int | Tensor, like: Tensor) -> float | Tensor:
+    """What a sum is divided by to be a mean: num_items, else the count; at least 1."""
+    number = count if num_items is None else num_items
+    if isinstance(number, Tensor):
+        return number.detach().reshape(()).to(like).clamp(min=1)
+    return max(1, number)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

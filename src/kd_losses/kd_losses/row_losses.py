@@ -152,7 +152,7 @@ def topk_rows(
     rest = (1 - p.sum(-1)).clamp(min=0)
     # log q of all that is not known; summed afresh, as 1 - sum q would cancel
     log_rest_q = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1)
-    # with all entries known, what is left over of the rest is rounding
+    # where the student can say none of the others, what is left over of the rest is rounding
     has_rest = (rest > 0) & (log_rest_q > -torch.inf) if tail else torch.zeros_like(rest).bool()
     log_ratio = torch.where(has_rest, rest.clamp(min=1e-30).log() - log_rest_q, 0.0)
     losses = losses + rest * log_ratio
