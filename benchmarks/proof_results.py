@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from blspkd.evaluation.bootstrap import Gap, Statistics, paired_gap
+from blspkd.evaluation.bootstrap import Gap, Statistics, bleu_score, paired_gap
 from blspkd.evaluation.gaps import score_of
 
 ROOT = Path(__file__).parents[1]
@@ -90,9 +90,13 @@ class Matrix:
             clips = one.get(own, {}).get(metric)
             if clips is None and own == "speech":
                 clips = one["meters"].get(metric)
-            if clips is None or not any(clip[-1] for clip in clips):
+            if clips is None:
                 continue
-            found.append(np.asarray(clips, dtype=np.float64))
+            sums = np.asarray(clips, dtype=np.float64)
+            # Was there anything to count? BLEU's sums begin with two lengths, and end with the
+            # answers' 4-grams, of which short ones have none; the others end with what is counted.
+            if (sums[:, :2] if score_of(metric) is bleu_score else sums[:, -1]).any():
+                found.append(sums)
         return np.stack(found) if found else None
 
     def seeds(self, row: str, set_name: str, metric: str, side: str = "speech") -> list[float]:

@@ -37,7 +37,7 @@ def measure_more(
     meters = measure_clips(model, batches, device=model.embedding_weight().device)
     heard = {}
     if listener.transcriber is not None:
-        heard["cascade"] = listener.transcriber.transcribe(records, batch_size=batch_size)
+        heard["cascade"] = listener.transcriber.transcribe(records)
     if model.config.adapter_type == "cformer":
         heard["speech"] = nearest_embedding_transcripts(
             model, processor, records, batch_size=batch_size

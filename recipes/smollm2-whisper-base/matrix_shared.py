@@ -14,7 +14,7 @@ from typing import Any
 
 from blspkd.data.manifest import Record
 from blspkd.evaluation.answers import answer_from_text
-from blspkd.evaluation.cascade import Transcriber
+from blspkd.evaluation.cascade import Transcriber, as_written
 from blspkd.evaluation.conditions import Condition, hear_clean, hear_under
 from blspkd.evaluation.evaluate import CLEAN
 from blspkd.evaluation.tasks import EvalConfig, Row, RowName, task_messages
@@ -127,11 +127,10 @@ class Shared:
         key += f", {CLEAN if condition is None else condition.name}"
         if self._lacks(key, records):
             hear = hear_clean if condition is None else hear_under(condition, records)
-            heard = listener.transcriber.transcribe(
-                records, batch_size=config.batch_size, hear=hear
-            )
+            heard = listener.transcriber.transcribe(records, hear=hear)
             with model.untouched():
-                answers = answer_from_text(model, processor, heard, messages, **options)
+                read = as_written(heard, records)
+                answers = answer_from_text(model, processor, read, messages, **options)
             self._keep(key, records, {"answers": answers, "heard": heard})
         rows["cascade"] = Row(self._of(key, "answers", records), self._of(key, "heard", records))
         return rows
@@ -162,7 +161,7 @@ def adapted_rows(
     answers = answer_from_text(
         model,
         listener.processor,
-        heard,
+        as_written(heard, records),
         task_messages(records, config, model.config.prompt),
         decoding=Decoding(max_new_tokens=config.max_new_tokens),
         batch_size=config.batch_size,

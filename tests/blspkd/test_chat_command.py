@@ -4,7 +4,9 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from blspkd.__main__ import main
@@ -86,7 +88,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(conversation, tiny_
     with pytest.raises(ValueError, match="no such audio file"):
         conversation.listen(tmp_path / "no.wav")
     longest = conversation.model.language_model.config.max_position_embeddings
-    with pytest.raises(ValueError, match=f"but the language model reads {longest}: begin anew"):
+    with pytest.raises(ValueError, match=f"but the language model reads {longest}: allow shorter"):
         conversation.say("why " * longest)
     assert (conversation.messages, conversation.spoken) == (before, spoken)
     assert conversation.say("why")
@@ -141,6 +143,28 @@ def test_no_speech_is_told(chat, tiny_model, tiny_corpus, tmp_path):
     assert "warning" not in chat(clip)[2]
 
 
+def test_silence_is_told(chat, conversation, tiny_corpus, tmp_path):
+    silent = tmp_path / "silent.wav"
+    soundfile.write(silent, np.zeros(16_000), 16_000)
+    code, out, err = chat(silent, stdin=f"{tiny_corpus.audio[0]}\n{silent}\n")
+    assert (code, len(out)) == (0, 3)
+    assert err.splitlines() == [f"warning: {silent} is silent; its answer means nothing"] * 2
+
+
+def test_a_word_is_a_turn_even_where_a_file_has_its_name(
+    chat, conversation, tiny_corpus, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_corpus.audio[0], "why")
+    heard, said = conversation.listen(tiny_corpus.audio[0]), conversation.say("why")
+    assert chat("why", stdin="why\n./why\n")[:2] == (0, [heard, said, heard])
+
+
+def test_a_prompt_without_a_place_for_speech_is_wrong_usage(tiny_model, capsys):
+    assert main(["chat", str(tiny_model), "--prompt", "hello"]) == 2
+    assert "{speech} exactly once" in capsys.readouterr().err
+
+
 def test_bad_audio_is_told_before_any_weights_are_loaded(chat, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
@@ -182,6 +206,8 @@ def test_a_terminal_is_asked_until_its_end(chat, conversation, tiny_corpus, monk
         ("gone.wav", True),
         ("~/gone.FLAC", True),
         ("gone.dat", False),
+        ("bare", False),
+        ("./bare", True),
         ("did you hear gone.wav", False),
         ("why", False),
         ("'", False),
@@ -190,5 +216,6 @@ def test_a_terminal_is_asked_until_its_end(chat, conversation, tiny_corpus, monk
 )
 def test_a_line_that_names_a_file(line, named, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "there.dat").write_bytes(b"")
+    for name in ("there.dat", "bare"):
+        (tmp_path / name).write_bytes(b"")
     assert (named_file(line) is not None) == named

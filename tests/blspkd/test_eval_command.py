@@ -154,6 +154,38 @@ def test_falling_short_exits_with_three(run, tiny_corpus):
     assert (run.folder / "eval-qa-manifest" / "report.md").is_file()
 
 
+@pytest.fixture
+def never_answered(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a clip was answered")
+
+    name = "blspkd.model.modeling.BlspKDForConditionalGeneration"
+    monkeypatch.setattr(f"{name}.generate_from_text", never)
+    monkeypatch.setattr(f"{name}.generate", never)
+
+
+def test_a_language_that_the_cascade_does_not_know_is_told_before_any_answer(
+    run, tiny_corpus, tmp_path, never_answered
+):
+    lines = read_lines(tiny_corpus.manifest)
+    for line in lines:
+        line["audio"] = str(tiny_corpus.manifest.parent / line["audio"])
+    lines[-1]["lang"] = "xx"
+    (tmp_path / "lang.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, err = run(tmp_path / "lang.jsonl", "--task", "qa")
+    assert (code, out) == (1, "")
+    assert "record 'clip5': lang: expected a language" in err
+    assert "(de, en), got 'xx'" in err
+
+
+def test_an_answer_longer_than_the_language_model_reads_is_told_before_any_answer(
+    run, tiny_corpus, never_answered
+):
+    code, out, err = run(tiny_corpus.manifest, "--task", "qa", "--max-new-tokens", "3000")
+    assert (code, out) == (1, "")
+    assert "an answer may have 3000, but the language model reads 512" in err
+
+
 def test_faults_are_told_before_any_weights_are_loaded(run, tiny_corpus, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("weights were loaded")
@@ -169,11 +201,18 @@ def test_faults_are_told_before_any_weights_are_loaded(run, tiny_corpus, tmp_pat
     code, _, err = run(manifest, "--task", "qa", "--fail-under", "wer=1")
     assert (code, "has no metric" in err) == (2, True)
     code, _, err = run(manifest, "--task", "qa", "--prompt", "hello")
-    assert (code, "{speech} exactly once" in err) == (1, True)
+    assert (code, "{speech} exactly once" in err) == (2, True)
     code, _, err = run(manifest, "--task", "qa", "--condition", "rain")
     assert (code, "noise:DB" in err) == (2, True)
     code, _, err = run(manifest, "--task", "qa", "--limit", "1", "--condition", "babble:3")
     assert (code, "other clips" in err) == (1, True)
+    lines = read_lines(tiny_corpus.manifest)
+    for line in lines:
+        line.update(audio=str(tiny_corpus.manifest.parent / line["audio"]), answers=["x"])
+    lines[-1]["answers"] = "oops"
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, _, err = run(tmp_path / "answers.jsonl", "--task", "qa")
+    assert (code, "record 'clip5': the column 'answers'" in err) == (1, True)
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF and nothing else")
     line = {"audio": str(broken), "text": "x"}

@@ -67,7 +67,7 @@ def test_the_cascade_is_measured_by_the_same_rule(loaded, monkeypatch):
         model.config.encoder, dtype=model.embedding_weight().dtype, device=model.device
     )
 
-    def transcribe(self, records, *, hear, batch_size):
+    def transcribe(self, records, *, hear):
         assert hear is hear_nothing
         return ["" if "silence" in record.id else "thank you" for record in records]
 

@@ -65,6 +65,16 @@ def test_an_alignment_holds_the_clip_s_own_times(tiny_model, tiny_corpus):
     assert found.fire_times[-1] == pytest.approx(record.duration, abs=0.1)
 
 
+def test_a_clip_in_which_no_speech_was_heard_has_no_tokens(tiny_model, tiny_corpus, tmp_path):
+    model, processor = load_model(tiny_model)
+    model.config.logprob_threshold = -1e-6
+    found = align(model, processor, read_manifest(tiny_corpus.manifest)[0])
+    assert found.tokens == []
+    assert found.fire_times.shape == (0,)
+    plot_alignment(found, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == PNG
+
+
 def test_an_alignment_is_drawn_whatever_its_tokens_are(tmp_path):
     alignment = Alignment(
         title="id: costs $5 and $6, \ufffd\x03",

@@ -75,7 +75,7 @@ def test_bad_input_is_told_before_any_weights_are_loaded(generate, tmp_path, mon
         assert err.startswith(f"Error: {tmp_path / name}")
         assert message in err
     code, _, err = generate(tmp_path / "short.wav", "--prompt", "no place for speech")
-    assert (code, "exactly once" in err) == (1, True)
+    assert (code, "exactly once" in err) == (2, True)
 
 
 def test_what_was_heard_is_told_too(generate, tiny_model, tiny_corpus, monkeypatch):
@@ -110,6 +110,21 @@ def test_only_adapters_with_tokens_have_a_transcript(tiny_model, tiny_corpus, tm
 
 
 def test_sampling_needs_a_sensible_range(generate, tiny_corpus):
-    code, _, err = generate(tiny_corpus.audio[0], "--temperature", "1", "--top-p", "2")
-    assert (code, "top_p" in err) == (1, True)
+    for options, name in {
+        ("--temperature", "1", "--top-p", "2"): "--top-p",
+        ("--top-p", "0"): "--top-p",
+        ("--top-p", "nan"): "top_p",
+        ("--temperature", "nan"): "temperature",
+        ("--temperature", "inf"): "temperature",
+    }.items():
+        code, out, err = generate(tiny_corpus.audio[0], *options)
+        assert (code, out, name in err) == (2, "", True)
     assert generate(tiny_corpus.audio[0], "--num-beams", "0")[0] == 2
+
+
+def test_an_answer_longer_than_the_language_model_reads_is_refused(tiny_model, tiny_corpus, capsys):
+    clip = str(tiny_corpus.audio[0])
+    code = main(["generate", str(tiny_model), clip, "--max-new-tokens", "3000"])
+    out = capsys.readouterr()
+    assert (code, out.out) == (1, "")
+    assert "an answer may have 3000, but the language model reads 512" in out.err

@@ -1,14 +1,16 @@
 """Teacher and student in one model: equal where they must be, apart where they may."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from blspkd.data.batches import ClipDataset, Collator
 from blspkd.data.manifest import read_manifest
-from blspkd.model.bases import load_language_model
+from blspkd.model.bases import load_language_model, load_tokenizer
 from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.loading import load_model, load_processor
 from blspkd.model.modeling import BlspKDForConditionalGeneration
@@ -210,3 +212,69 @@ def test_bad_configurations(tiny_parts, options, message):
     parts = {"encoder": str(tiny_parts.encoder), "language_model": str(tiny_parts.language_model)}
     with pytest.raises(ValueError, match=message):
         BlspKDForConditionalGeneration.from_parts(BlspKDConfig(**parts, **options))
+
+
+def _droppy(kind, tokens):
+    """A language model that drops out in modules (GPT-2), or by rates of its layers (OPT)."""
+    rates = {"pad_token_id": 0, "bos_token_id": None}
+    if kind == "opt":
+        sizes = {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.5}
+        layers = {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "dropout": 0.5,
+            "attention_dropout": 0.5,
+        }
+        return OPTForCausalLM(OPTConfig(vocab_size=tokens, **sizes, **layers, **rates))
+    pdrops = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.5)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=tokens, n_embd=32, n_layer=2, n_head=4, **pdrops, **rates)
+    )
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_only_what_learns_drops_out(
+    kind, recomputed, tiny_parts, tiny_corpus, tiny_model_section, tmp_path
+):
+    own = tmp_path / "own"
+    shutil.copytree(tiny_parts.language_model, own)
+    torch.manual_seed(0)
+    _droppy(kind, len(load_tokenizer(str(own)))).save_pretrained(own)
+    plora = {"r": 4, "lora_dropout": 0.5}
+    adapter = {**tiny_model_section["adapter"], "dropout": 0.0}
+    config = BlspKDConfig(str(tiny_parts.encoder), str(own), adapter=adapter, plora=plora)
+    model = BlspKDForConditionalGeneration.from_parts(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter)
+    if recomputed:
+        model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    processor = load_processor(config)
+    dataset = ClipDataset(read_manifest(tiny_corpus.manifest), processor, prompt="Say: {speech}")
+    batch = Collator(processor, share_prompt=not recomputed)([dataset[i] for i in range(3)])
+    model.eval()
+    with torch.no_grad():
+        still = model(**batch)
+    model.train()
+    first, second = model(**batch), model(**batch)
+    for output in (first, second):
+        assert torch.equal(output.teacher.hidden_states, still.teacher.hidden_states)
+    assert not torch.equal(first.student.hidden_states, second.student.hidden_states)
+    # where PLoRA's dropout does not act, nothing else drops out
+    with torch.no_grad(), model.untouched():
+        assert torch.equal(model(**batch).teacher.hidden_states, still.teacher.hidden_states)
+        bare = model(**batch).student.hidden_states
+        assert torch.equal(bare, model(**batch).student.hidden_states)
+    calls = []
+    layer = model.language_model.get_decoder().get_submodule(
+        "h.0.ln_2" if kind == "gpt2" else "layers.0.fc1"
+    )
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    loss = model(**batch, objective=Objective(EVERYTHING)).loss
+    before = len(calls)
+    loss.backward()
+    assert len(calls) - before == int(recomputed)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).student.hidden_states, still.student.hidden_states)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from blspkd.model.bases import load_feature_extractor, load_tokenizer
 from blspkd.model.processing import BlspKDProcessor, as_messages
@@ -108,6 +109,31 @@ def test_samples_and_file_give_the_same_features(processor, tiny_corpus):
     samples, _ = soundfile.read(tiny_corpus.audio[0], dtype="float32")
     expected = processor.features(tiny_corpus.audio[0])
     assert np.array_equal(processor.features(samples), expected)
+
+
+TONE = np.sin(np.arange(16_000) / 9).astype(np.float32) / 2
+WRONG = {
+    "stereo, channels first": (np.stack([TONE, TONE]), ValueError, "average the channels"),
+    "stereo, channels last": (np.stack([TONE, TONE], 1), ValueError, "average the channels"),
+    "integers": ((TONE * 32_767).astype(np.int16), TypeError, "divide 16-bit integers by 32768"),
+    "not a number": (np.full_like(TONE, np.nan), ValueError, "NaN"),
+    "empty": (TONE[:0], ValueError, "no samples"),
+    "10 ms": (TONE[:160], ValueError, "too short"),
+    "31 s": (np.tile(TONE, 31), ValueError, "too long"),
+    "a tensor": (torch.from_numpy(TONE), TypeError, "got Tensor; convert samples"),
+    "a list of numbers": (TONE.tolist(), TypeError, "got float; convert samples"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_samples_that_would_be_misheard_are_refused(processor, kind):
+    audio, error, message = WRONG[kind]
+    with pytest.raises(error, match=message):
+        processor(audio, prompt="{speech}")
+
+
+def test_a_clip_of_the_least_length_may_be_made_four_times_as_fast(processor):
+    assert processor.features(TONE[: 1_600 // 4]).shape[0] == 80
 
 
 def test_full_window_pads_to_thirty_seconds(processor, tiny_corpus):

@@ -54,6 +54,16 @@ def test_no_speech_at_all_leaves_the_prompt():
     assert not out.speech_mask.any()
 
 
+@pytest.mark.parametrize("places", [[], [1, 3], [0, 1, 5]])
+def test_a_row_with_no_place_for_speech_or_several_is_refused(places):
+    text, attention, mask, speech, present = _case([1, 2])
+    mask[1] = False
+    mask[1, places] = True
+    runs = min(len(places), 2)
+    with pytest.raises(ValueError, match=f"speech_mask: expected one run .* rows with {runs};"):
+        splice(text, attention, mask, speech, present)
+
+
 def test_gradients_reach_the_speech_and_only_what_is_present():
     text, attention, mask, speech, present = _case([1, 3])
     speech.requires_grad_()

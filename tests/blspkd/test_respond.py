@@ -100,6 +100,30 @@ def test_what_is_there_already_is_left_alone(tiny_parts, tiny_corpus, records, t
     assert _command(tiny_parts, tiny_corpus.manifest, out, "--shard", "2/2") == 2
 
 
+def test_the_source_is_never_overwritten(tiny_parts, tiny_corpus, tmp_path, capsys):
+    manifest = tmp_path / "m.jsonl"
+    write_manifest(manifest, read_manifest(tiny_corpus.manifest))
+    before = manifest.read_bytes()
+    for option in ("--force", "--resume"):
+        assert _command(tiny_parts, manifest, manifest, option) == 1
+        assert "would overwrite the source" in capsys.readouterr().err
+    assert manifest.read_bytes() == before
+
+
+def test_a_shard_without_clips_is_named(tiny_parts, tiny_corpus, tmp_path, capsys):
+    assert _command(tiny_parts, tiny_corpus.manifest, tmp_path / "o", "--shard", "8/9") == 1
+    assert "--shard 8/9: expected a share of the clips" in capsys.readouterr().err
+
+
+def test_a_run_cut_off_in_the_middle_of_a_character_goes_on(parts, records, tmp_path):
+    out = tmp_path / "out.jsonl"
+    respond(records[:2], out, *parts, CONFIG)
+    whole = out.read_bytes()
+    out.write_bytes(whole + '{"audio": "é'.encode()[:-1])
+    assert len(answered(out)) == 2
+    assert out.read_bytes() == whole
+
+
 def test_the_model_is_put_where_it_is_wanted(tiny_parts, tiny_corpus, tmp_path, monkeypatch):
     placed = []
 

@@ -206,6 +206,21 @@ def test_claims_are_judged_by_their_intervals(folder):
     assert proof.verdict([above, below]) == "mixed"
 
 
+def test_a_run_of_short_answers_counts(folder):
+    """Answers of three words have no 4-grams; their BLEU is a figure all the same."""
+    whole, short = (make("kl", seed, rouge=0.5) for seed in (0, 1))
+    for one in short["sets"].values():
+        texts = [f"a b c d {number}" for number in range(CLIPS)]
+        counts = bleu_statistics(texts, ["a b c"] * CLIPS)
+        assert not counts[:, -1].any()
+        one["speech"]["self_bleu"] = counts.astype(int).tolist()
+    matrix = read_matrix(folder(whole, short), folder() / "results.md", folder() / "plan.yaml")
+    (name,) = matrix.sets
+    first, second = matrix.seeds("kl", name, "self_bleu")
+    assert first == pytest.approx(100)
+    assert 0 < second < 100
+
+
 def test_rows_of_different_clips_are_not_compared(folder):
     other = make("kl", 0, rouge=0.4)
     other["sets"]["sentences"]["ids"][0] = "another"

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .options import Loading, model_options, stage_progress
+from .options import Loading, model_options, prompt_option, stage_progress
 
 
 @click.command("eval", context_settings={"show_default": True})
@@ -32,11 +32,7 @@ from .options import Loading, model_options, stage_progress
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many clips.")
 @click.option("--batch-size", default=8, type=click.IntRange(1), help="Clips at a time.")
 @click.option("--max-new-tokens", default=64, type=click.IntRange(1), help="Length of an answer.")
-@click.option(
-    "--prompt",
-    metavar="TEXT",
-    help="The user turn, with {speech} in it; above the records' own messages.",
-)
+@prompt_option("The user turn, with {speech} in it; above the records' own messages.")
 @click.option(
     "--transcriber",
     metavar="WHISPER",

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from .options import Loading, decoding_options, model_options
+from .options import Loading, decoding_options, model_options, prompt_option, warn_of_silence
+
+if TYPE_CHECKING:
+    from blspkd.model.decoding import Decoding
 
 
 @click.command("generate", context_settings={"show_default": True})
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("audio", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--prompt",
-    metavar="TEXT",
-    help="The user turn, with {speech} where the speech goes.  [default: the model's own]",
-)
+@prompt_option("The user turn, with {speech} where the speech goes.  [default: the model's own]")
 @decoding_options
 @click.option("--batch-size", default=8, type=click.IntRange(1), help="Clips at a time.")
 @click.option("--transcript", is_flag=True, help="Say what was heard, too: the nearest tokens.")
@@ -27,10 +27,7 @@ def command(
     model: Path,
     audio: tuple[Path, ...],
     prompt: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    num_beams: int,
+    decoding: Decoding,
     batch_size: int,
     seed: int,
     transcript: bool,
@@ -42,12 +39,8 @@ def command(
     Clips last 0.1 to 30 s. Any sampling rate and number of channels will do.
     """
     from blspkd.evaluation.clips import answer_clips, read_clips, transcribe_clips
-    from blspkd.model.decoding import Decoding
     from blspkd.model.loading import quieten_transformers
 
-    decoding = Decoding(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams
-    )
     quieten_transformers()
     config = loading.config(model)
     if transcript and config.adapter_type != "cformer":
@@ -58,7 +51,7 @@ def command(
     clips = read_clips(audio, prompt=config.prompt if prompt is None else prompt)
     for clip in clips:
         if clip.silent:
-            click.echo(f"warning: {clip.path} is silent; its answer means nothing", err=True)
+            warn_of_silence(clip.path)
     speech_model, processor = loading.load(model)
     answers = answer_clips(
         speech_model, processor, clips, decoding=decoding, batch_size=batch_size, seed=seed

@@ -88,20 +88,63 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return functools.reduce(lambda inner, add: add(inner), reversed(options), with_loading)
 
 
-def decoding_options(function: Function) -> Function:
-    """Add the options that say how words are chosen."""
+def prompt_option(text: str) -> Callable[[Function], Function]:
+    """`--prompt`, a user turn with `{speech}` in it.
+
+    Args:
+        text: Its help.
+    """
+    return click.option("--prompt", metavar="TEXT", callback=_checked_prompt, help=text)
+
+
+def _checked_prompt(_ctx: click.Context, _param: click.Parameter, prompt: str | None) -> str | None:
+    if prompt is None:
+        return None
+    from blspkd.model.prompts import check_prompt
+
+    try:
+        check_prompt(prompt)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return prompt
+
+
+def warn_of_silence(path: Path) -> None:
+    """Say on stderr that a recording holds no sound that could be speech."""
+    click.echo(f"warning: {path} is silent; its answer means nothing", err=True)
+
+
+def decoding_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how words are chosen; they arrive as `decoding` and `seed`."""
+
+    @functools.wraps(function)
+    def with_decoding(*args: Any, **given: Any) -> Any:
+        from blspkd.model.decoding import Decoding
+
+        taken = {field.name: given.pop(field.name) for field in fields(Decoding)}
+        try:
+            decoding = Decoding(**taken)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        return function(*args, decoding=decoding, **given)
+
     options = (
         click.option(
             "--max-new-tokens", default=64, type=click.IntRange(1), help="Length of an answer."
         ),
         click.option("--temperature", default=0.0, type=click.FloatRange(0), help="0 is greedy."),
-        click.option("--top-p", default=1.0, type=float, help="With --temperature."),
+        click.option(
+            "--top-p",
+            default=1.0,
+            type=click.FloatRange(0, 1, min_open=True),
+            help="With --temperature.",
+        ),
         click.option(
             "--num-beams", default=1, type=click.IntRange(1), help="Above 1: beam search."
         ),
         click.option("--seed", default=0, help="With --temperature."),
     )
-    return functools.reduce(lambda inner, add: add(inner), reversed(options), function)
+    return functools.reduce(lambda inner, add: add(inner), reversed(options), with_decoding)
 
 
 def torch_dtype(name: str) -> torch.dtype:

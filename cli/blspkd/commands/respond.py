@@ -61,9 +61,16 @@ def command(
     index, _, count = shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise click.BadParameter(f"expected I/N with I < N, got {shard!r}", param_hint="--shard")
+    if out.exists() and manifest.exists() and out.samefile(manifest):
+        raise ValueError(f"{out}: would overwrite the source; name another file to write")
     if out.exists() and not (resume or force):
         raise ValueError(f"{out} exists: go on in it with --resume, or write it anew with --force")
     records = read_manifest(manifest)[:limit][int(index) :: int(count)]
+    if not records:
+        raise ValueError(
+            f"--shard {shard}: expected a share of the clips, got none of {manifest}'s; "
+            "give a smaller N"
+        )
     processor = BlspKDProcessor(
         load_feature_extractor(encoder),
         load_tokenizer(language_model, trust_remote_code=trust_remote_code),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import click
@@ -59,7 +60,12 @@ def command(
     if not PartialState().is_main_process:
         return
     if result.interrupted:
-        say(f"interrupted; go on with: blspkd train {' '.join(arguments)} --resume")
+        command_line = ["blspkd", "train", *arguments]
+        if config.output is None:  # the folder was numbered
+            command_line.append(f"output={result.folder}")
+        if overfit:
+            command_line += ["--overfit", str(overfit)]
+        say(f"interrupted; go on with: {shlex.join([*command_line, '--resume'])}")
         context.exit(130)
     if as_json:
         figures = {"folder": str(result.folder), "before": result.before, "after": result.after}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from blspkd.model.audio import probe_audio
 from blspkd.model.passes import shared_prompt_length
 from blspkd.model.processing import BlspKDProcessor, TokenizedTurn
 
@@ -158,11 +159,16 @@ def keep_usable(
         max_text_tokens: of prompt, transcript and response together.
 
     Returns:
-        The usable records, and how many were dropped for which reason.
+        The usable records, each with its duration, and how many were dropped for which reason.
+
+    Raises:
+        AudioError: if a clip of unknown duration has no readable header.
     """
     kept, dropped = [], Counter[str]()
     for record in records:
-        if record.duration is not None and record.duration > max_duration:
+        if record.duration is None:
+            record = dataclasses.replace(record, duration=probe_audio(record.audio).duration)
+        if (record.duration or 0.0) > max_duration:
             dropped[f"longer than {max_duration:g} s"] += 1
         else:
             turn = processor.tokenize_turn(

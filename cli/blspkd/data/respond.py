@@ -7,6 +7,7 @@ interrupted run goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,14 @@ def answered(path: Path) -> list[Record]:
     """
     if not path.exists():
         return []
-    lines = read_lines(path)
-    if lines[-1]:  # the writer ends every line, so this one is not whole
-        whole = "".join(f"{line}\n" for line in lines[:-1])
-        with path.open("r+", encoding="utf-8") as file:
-            file.truncate(len(whole.encode()))
+    written = path.read_bytes()
+    # the writer ends every line; what follows the last end is not whole, maybe not even UTF-8
+    whole = written.rfind(b"\n") + 1
+    if whole < len(written):
+        os.truncate(path, whole)
     return [
         parse_line(line, path=path, number=number, check_audio=False)
-        for number, line in enumerate(lines[:-1], start=1)
+        for number, line in enumerate(read_lines(path), start=1)
         if line.strip()
     ]
 

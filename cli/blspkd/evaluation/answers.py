@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from blspkd.data.manifest import Record
-from blspkd.model.decoding import GREEDY, Decoding
+from blspkd.model.decoding import GREEDY, Decoding, check_length
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor, Messages
 
@@ -43,14 +43,21 @@ def answer_from_text(
         decoding: How words are chosen.
         batch_size: How many are answered at a time.
         progress: Told how far it is.
+
+    Raises:
+        ValueError: The language model does not read as many tokens as the longest of them and its
+            answer may have.
     """
     _check_counts(transcripts, messages)
+    turns = [processor.tokenize_turn(*pair) for pair in zip(messages, transcripts, strict=True)]
+    longest = max((len(turn.input_ids) for turn in turns), default=0)
+    # all of them before the first is answered, so that none fails after hours
+    check_length(model.language_model.config, longest, decoding.max_new_tokens)
     answers: list[str] = []
     device = model.embedding_weight().device
     with _evaluating(model):
         for part in _parts(len(transcripts), batch_size):
-            turns = [processor.tokenize_turn(messages[i], transcripts[i]) for i in part]
-            batch = processor.pad_turns(turns, padding_side="left")
+            batch = processor.pad_turns([turns[i] for i in part], padding_side="left")
             tokens = model.generate_from_text(
                 batch["input_ids"].to(device),
                 batch["attention_mask"].to(device),

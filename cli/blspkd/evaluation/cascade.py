@@ -1,4 +1,8 @@
-"""The cascade's first half: a stock Whisper model writes down what it hears."""
+"""The cascade's first half: a stock Whisper model writes down what it hears.
+
+It listens as Whisper's own program does (arXiv 2212.04356, section 3.8): what looks like a loop or
+like a guess is heard again at a higher temperature, and what looks like no speech is left empty.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,20 @@ import torch
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from blspkd.data.manifest import Record
+from blspkd.data.prepare import PrepareConfig
 from blspkd.model.audio import SAMPLING_RATE
 from blspkd.model.bases import load_feature_extractor, load_transcriber, resolve
 
 from .answers import Progress
 from .conditions import Hear, hear_clean
+
+FALLBACK: dict[str, Any] = {
+    "temperature": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+    "compression_ratio_threshold": 1.35,  # of token ids, as transformers counts it
+    "logprob_threshold": -1.0,
+    "no_speech_threshold": 0.6,
+}
+"""When a clip is heard again, and when it holds no speech."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +75,15 @@ class Transcriber:
         self,
         records: Sequence[Record],
         *,
-        batch_size: int = 8,
         progress: Progress | None = None,
         hear: Hear = hear_clean,
     ) -> list[str]:
-        """Write down clips, greedily, in the language of each record (English if not told).
+        """Write down clips, in the language of each record (English if not told).
+
+        Greedily where that goes well, else by `FALLBACK`; its draws are the same each time.
 
         Args:
             records: The clips.
-            batch_size: How many at a time.
             progress: Told how far it is.
             hear: How the clips sound.
 
@@ -80,27 +93,52 @@ class Transcriber:
         """
         transcripts: list[str] = []
         multilingual = bool(getattr(self.model.generation_config, "is_multilingual", False))
-        for start in range(0, len(records), batch_size):
-            part = records[start : start + batch_size]
+        device = self.model.device
+        # One by one, so that what is drawn for a clip does not depend on its neighbours.
+        for record in records:
             inputs = self.feature_extractor(
-                [hear(record) for record in part],
+                [hear(record)],
                 sampling_rate=SAMPLING_RATE,  # another rate than the extractor's is refused
                 return_attention_mask=True,
                 return_tensors="pt",
             )
             options: dict[str, Any] = {}
             if multilingual:
-                options["language"] = [record.lang or "en" for record in part]
+                options["language"] = [record.lang or "en"]
                 options["task"] = "transcribe"
-            tokens = self.model.generate(
-                inputs.input_features.to(self.model.device, self.model.dtype),
-                attention_mask=inputs.attention_mask.to(self.model.device),
-                do_sample=False,
-                num_beams=1,
-                **options,
-            )
-            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            transcripts += [text.strip() for text in texts]
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                tokens = self.model.generate(
+                    inputs.input_features.to(device, self.model.dtype),
+                    attention_mask=inputs.attention_mask.to(device),
+                    num_beams=1,
+                    **FALLBACK,
+                    **options,
+                )
+            (text,) = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            transcripts.append(text.strip())
             if progress is not None:
                 progress(len(transcripts), len(records))
         return transcripts
+
+
+def style_of(texts: Sequence[str]) -> PrepareConfig:
+    """How transcripts are written: in lower case, and without punctuation, if all of them are."""
+    bare = PrepareConfig(punctuation="strip")
+    return PrepareConfig(
+        case="lower" if all(text == text.lower() for text in texts) else "keep",
+        punctuation="strip"
+        if all(bare.write_text(text) == " ".join(text.split()) for text in texts)
+        else "keep",
+    )
+
+
+def as_written(heard: Sequence[str], records: Sequence[Record]) -> list[str]:
+    """What Whisper heard, written as the records' own transcripts are.
+
+    The language model answers "how are you" otherwise than "How are you?". The row "text" reads the
+    manifest's transcripts, and whoever compares the cascade with it asks what hearing costs, not
+    what a capital letter does.
+    """
+    style = style_of([record.text for record in records])
+    return [style.write_text(text) for text in heard]

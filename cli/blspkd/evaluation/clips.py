@@ -12,7 +12,8 @@ from blspkd.data.manifest import Record
 from blspkd.model.audio import SAMPLING_RATE, is_silent, load_audio
 from blspkd.model.decoding import GREEDY, Decoding
 from blspkd.model.modeling import BlspKDForConditionalGeneration
-from blspkd.model.processing import PLACEHOLDER, BlspKDProcessor, Messages, as_messages
+from blspkd.model.processing import BlspKDProcessor, Messages, as_messages
+from blspkd.model.prompts import check_prompt
 
 from .answers import answer_from_speech, nearest_embedding_transcripts
 
@@ -45,10 +46,7 @@ def read_clips(paths: Sequence[Path], *, prompt: str) -> list[LooseClip]:
         AudioError: A file cannot be used.
         ValueError: The prompt does not say where the speech goes.
     """
-    if prompt.count(PLACEHOLDER) != 1:
-        raise ValueError(
-            f"prompt: expected {PLACEHOLDER} exactly once, where the speech goes; got {prompt!r}"
-        )
+    check_prompt(prompt)
     return list(_read_each(paths, as_messages(prompt)))
 
 

@@ -32,6 +32,7 @@ class Conversation:
     Attributes:
         messages: The turns, answers included; `{speech}` stands for the recording.
         spoken: How many tokens were heard in the recording; 0 if it held no speech.
+        silent: The recording holds no sound that could be speech.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Conversation:
         self.decoding = decoding
         self.messages: Messages = []
         self.spoken = 0
+        self.silent = False
         self._speech: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -69,8 +71,8 @@ class Conversation:
         hidden, mask = self.model.encode(*(features[name].to(device) for name in FEATURES))
         speech = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
         spoken = int(self.model.embed_speech(**speech).attention_mask.sum())
-        answer = self._answer(clip.messages, speech, spoken)
-        self._speech, self.spoken = speech, spoken
+        answer = self._answer(clip.messages, speech)
+        self._speech, self.spoken, self.silent = speech, spoken, clip.silent
         self.messages = [*clip.messages, {"role": "assistant", "content": answer}]
         return answer
 
@@ -86,13 +88,12 @@ class Conversation:
         if PLACEHOLDER in text:
             raise ValueError(f"{PLACEHOLDER} stands for the recording, and cannot be in a text")
         messages = [*self.messages, {"role": "user", "content": text}]
-        answer = self._answer(messages, self._speech, self.spoken)
+        answer = self._answer(messages, self._speech)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
-    def _answer(self, messages: Messages, speech: dict[str, Tensor], spoken: int) -> str:
+    def _answer(self, messages: Messages, speech: dict[str, Tensor]) -> str:
         turn = self.processor.tokenize_turn(messages)
-        self._check_length(len(turn.input_ids) - 1 + spoken)
         text = self.processor.pad_turns([turn], padding_side="left")
         device = self.model.embedding_weight().device
         tokens = self.model.generate(
@@ -102,13 +103,3 @@ class Conversation:
         )
         # what looks like the recording's place in an answer would be taken for it in the next turn
         return self.processor.decode_responses(tokens)[0].replace(PLACEHOLDER, "{ speech }")
-
-    def _check_length(self, length: int) -> None:
-        config = self.model.language_model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None)
-        if longest is not None and length + self.decoding.max_new_tokens > longest:
-            raise ValueError(
-                f"the conversation has {length} tokens and an answer may have "
-                f"{self.decoding.max_new_tokens}, but the language model reads {longest}: begin "
-                "anew with a recording, or allow shorter answers"
-            )

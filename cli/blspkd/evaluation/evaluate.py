@@ -20,12 +20,21 @@ from .answers import (
     nearest_embedding_transcripts,
 )
 from .bootstrap import Gap
-from .cascade import Transcriber
+from .cascade import Transcriber, as_written
 from .conditions import Condition, hear_clean, hear_under
 from .drift import ANSWERS_CHANGED, DRIFT_KL, answers_changed, measure_drift
 from .gaps import score_gaps
+from .languages import check_languages
 from .meters import ClipMeters, measure_clips
-from .tasks import EvalConfig, Row, RowName, references, score_rows, task_messages
+from .tasks import (
+    EvalConfig,
+    Row,
+    RowName,
+    accepted_answers,
+    references,
+    score_rows,
+    task_messages,
+)
 
 CLEAN = "clean"
 """The condition of clips to which nothing was done."""
@@ -80,6 +89,7 @@ def select_records(records: Sequence[Record], config: EvalConfig, prompt: str) -
     """
     chosen = list(records[: config.limit])
     references(chosen, config.task)
+    accepted_answers(chosen, config.task)
     task_messages(chosen, config, prompt)
     for record in chosen:
         load_audio(record.audio, max_duration=MAX_DURATION)
@@ -138,8 +148,13 @@ def evaluate(
         progress: Told how far it is.
         condition: What the clips go through before cascade and speech hear them; None for nothing.
         given: Rows that are known already, such as "text", which depends on no condition.
+
+    Raises:
+        ValueError: The transcriber does not know the language of a record.
     """
     records = list(records)
+    if transcriber is not None:
+        check_languages(records, transcriber.model.generation_config)
     hear = hear_clean if condition is None else hear_under(condition, records)
     messages = task_messages(records, config, model.config.prompt)
     aligned = model.config.adapter_type == "cformer"
@@ -165,12 +180,10 @@ def evaluate(
         rows["text"] = from_text("text", [r.text for r in records])
     if transcriber is not None and "cascade" not in rows:
         heard = transcriber.transcribe(
-            records,
-            batch_size=config.batch_size,
-            progress=stages.start("cascade: transcribing"),
-            hear=hear,
+            records, progress=stages.start("cascade: transcribing"), hear=hear
         )
-        rows["cascade"] = from_text("cascade: answering", heard)
+        read = from_text("cascade: answering", as_written(heard, records))
+        rows["cascade"] = Row(read.answers, heard)
     spoken = answer_from_speech(
         model,
         processor,

@@ -143,7 +143,7 @@ def hear_out_nothing(
     transcripts: dict[str, list[str]] = {}
     answers: dict[str, list[str]] = {}
     if transcriber is not None:
-        heard = transcriber.transcribe(records, batch_size=batch_size, hear=hear_nothing)
+        heard = transcriber.transcribe(records, hear=hear_nothing)
         transcripts["cascade"] = heard
         answers["cascade"] = answer_from_text(model, processor, heard, messages, **options)
     if model.config.adapter_type == "cformer":

@@ -45,7 +45,7 @@ class Alignment:
         log_mel: (M, F) float32.
         alphas: (S,) the weight of each stacked frame, in tokens.
         alpha_rate: Stacked frames per second.
-        fire_times: (N,) seconds at which each token ends.
+        fire_times: (N,) seconds at which each token ends; N is 0 where no speech was heard.
         tokens: (N,) the nearest token of each output, as text.
     """
 
@@ -75,14 +75,15 @@ def align(
     )
     if adapter.fire_times is None or adapter.alphas is None:
         return None
-    ids = nearest_tokens(model, adapter.hidden_states[0])
+    heard = adapter.attention_mask[0]
+    ids = nearest_tokens(model, adapter.hidden_states[0, heard])
     tokens = [processor.tokenizer.decode([token]) for token in ids.tolist()]
     return Alignment(
         title=f"{record.id}: {record.text}",
         log_mel=mel,
         alphas=adapter.alphas[0].float().cpu().numpy(),
         alpha_rate=ENCODER_RATE / int(getattr(model.adapter.config, "frame_stacking", 1)),
-        fire_times=(adapter.fire_times[0].float() / ENCODER_RATE).cpu().numpy(),
+        fire_times=(adapter.fire_times[0, heard].float() / ENCODER_RATE).cpu().numpy(),
         tokens=tokens,
     )
 

@@ -196,8 +196,9 @@ def _markdown(
             ],
         ),
         "*text*: the language model reads the true transcript. *cascade*: it reads what Whisper "
-        "heard. *speech*: it reads the adapter's output; its transcript is the token nearest to "
-        "each. Self-BLEU, Self-ROUGE-L and *same answer* compare with the answer to text.",
+        "heard, written as the true transcripts are. *speech*: it reads the adapter's output; its "
+        "transcript is the token nearest to each. Self-BLEU, Self-ROUGE-L and *same answer* "
+        "compare with the answer to text.",
     ]
     if evaluation.gaps:
         rows = [

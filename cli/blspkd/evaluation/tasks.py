@@ -12,6 +12,7 @@ from blspkd.data.manifest import Record
 from blspkd.data.turns import record_messages
 from blspkd.model.configuration import DEFAULT_PROMPT
 from blspkd.model.processing import PLACEHOLDER, Messages, as_messages
+from blspkd.model.prompts import check_prompt
 
 from . import metrics
 
@@ -63,11 +64,8 @@ class EvalConfig:
         """Refuse what cannot be evaluated."""
         if self.task not in get_args(Task):
             raise ValueError(f"task: expected one of {', '.join(get_args(Task))}, got {self.task}")
-        if self.prompt is not None and self.prompt.count(PLACEHOLDER) != 1:
-            raise ValueError(
-                f"prompt: expected {PLACEHOLDER} exactly once, where the speech goes; got "
-                f"{self.prompt!r}"
-            )
+        if self.prompt is not None:
+            check_prompt(self.prompt)
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from plora import PLoRAConfig, apply_plora, plora_disabled, plora_mask
+from plora import PLoRAConfig, PLoRALinear, apply_plora, plora_disabled, plora_mask
 from speech_adapters import AdapterOutput, CFormer
 
 from .adapting import build_adapter, check_head, soft_embeddings, token_keys
@@ -74,15 +74,18 @@ class AssembledModel(PartsModel):
         self._keys_to_ignore_on_save = set(self.state_dict()) - self.trained_names()
 
     def train(self, mode: bool = True) -> AssembledModel:
-        """Switch the trained parts to training mode; frozen parts never drop anything out."""
+        """Switch the trained parts to training mode; frozen parts never drop anything out.
+
+        Of the language model only PLoRA is trained: teacher and student read with the same one.
+        """
         super().train(mode)
-        for part, module in (
-            ("encoder", self.speech_encoder),
-            ("adapter", self.adapter),
-            ("plora", self.language_model),
-        ):
-            if part not in self.learning:
-                module.eval()
+        if "encoder" not in self.learning:
+            self.speech_encoder.eval()
+        if "adapter" not in self.learning:
+            self.adapter.eval()
+        self.language_model.eval()
+        if mode and "plora" in self.learning:
+            _train_plora(self.language_model)
         return self
 
     def train_parts(self, parts: Collection[Part]) -> None:
@@ -225,11 +228,36 @@ class AssembledModel(PartsModel):
         """Every position adapted, generated ones too; a teacher drops nothing out."""
         text_config = self.language_model.config.get_text_config()
         length = getattr(text_config, "max_position_embeddings", None) or LONGEST
-        was_training = self.language_model.training
+        learning = self.training and "plora" in self.learning
         if teaching:
             self.language_model.eval()
         try:
             with plora_mask(torch.ones(1, length, dtype=torch.bool)):
                 yield
         finally:
-            self.language_model.train(was_training)
+            if learning:
+                _train_plora(self.language_model)
+
+
+def _train_plora(language_model: PreTrainedModel) -> None:
+    """Switch PLoRA to training mode, and what must be for it; not the layers around it.
+
+    The whole, its decoder and what recomputes activations are asked whether they train, so they
+    say yes, each for itself. Some of them also drop out by a rate of their own or of their
+    configuration (OPT, Falcon): that becomes 0, for good, as the language model is frozen.
+    """
+    asked = (language_model, language_model.get_decoder())
+    for module in language_model.modules():
+        if isinstance(module, PLoRALinear):
+            module.training = True
+        elif module in asked or getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for holder in (module, getattr(module, "config", None)):
+                _drop_nothing(holder)
+
+
+def _drop_nothing(holder: Any) -> None:
+    """Set the rates of dropout that are plain numbers to 0, whatever they are called."""
+    for name, value in list(vars(holder).items() if holder is not None else ()):
+        if "drop" in name and isinstance(value, float):
+            setattr(holder, name, 0.0)

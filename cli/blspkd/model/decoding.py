@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from transformers import PretrainedConfig
 
 from .processing import BlspKDProcessor
 
@@ -29,8 +32,10 @@ class Decoding:
         for name in ("max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature: expected a finite number, 0 or more, got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected above 0 and at most 1, got {self.top_p}")
 
@@ -55,3 +60,23 @@ class Decoding:
 
 
 GREEDY = Decoding()
+
+
+def check_length(config: PretrainedConfig, length: int, max_new_tokens: int) -> None:
+    """Refuse an answer for which the language model has no positions left.
+
+    Args:
+        config: the language model's; nothing is refused if it does not say how much it reads.
+        length: tokens of the longest prompt, speech included.
+        max_new_tokens: how long its answer may be.
+
+    Raises:
+        ValueError: together they are longer than the language model reads.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length + max_new_tokens > longest:
+        raise ValueError(
+            f"the conversation has {length} tokens and an answer may have {max_new_tokens}, but "
+            f"the language model reads {longest}: allow shorter answers (max_new_tokens), or begin "
+            "a shorter conversation"
+        )

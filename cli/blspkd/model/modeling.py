@@ -14,6 +14,7 @@ from torch import Tensor
 from speech_adapters import AdapterOutput
 
 from .assembled import AssembledModel
+from .decoding import check_length
 from .losses import BlspKDOutput, loss_sums
 from .objective import Objective, Pass, loss_items, paired
 from .passes import Depth, read, read_prompt
@@ -210,6 +211,10 @@ class BlspKDForConditionalGeneration(AssembledModel):
 
         Returns:
             (B, R) int64, the new tokens alone.
+
+        Raises:
+            ValueError: a row has not one place for speech, or the language model does not read
+                as many tokens as prompt, speech and answer may have.
         """
         adapter = self.embed_speech(
             input_features=input_features,
@@ -225,6 +230,8 @@ class BlspKDForConditionalGeneration(AssembledModel):
             adapter.attention_mask,
             padding_side="left",
         )
+        length = spliced.inputs_embeds.shape[1]
+        check_length(self.language_model.config, length, max_new_tokens)
         with self.plora_on(spliced.speech_mask):
             tokens: Tensor = self._generate(
                 inputs_embeds=spliced.inputs_embeds,
@@ -253,7 +260,12 @@ class BlspKDForConditionalGeneration(AssembledModel):
 
         Returns:
             (B, R) int64, the new tokens alone.
+
+        Raises:
+            ValueError: the language model does not read as many tokens as prompt and answer may
+                have.
         """
+        check_length(self.language_model.config, input_ids.shape[1], max_new_tokens)
         with self.plora_on(None):
             tokens: Tensor = self._generate(
                 input_ids=input_ids,

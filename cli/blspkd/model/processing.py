@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from .audio import load_audio
+from .audio import MIN_DURATION, check_waveform, load_audio
 from .splice import IGNORE_INDEX
 
 PLACEHOLDER = "{speech}"
@@ -62,11 +62,24 @@ class BlspKDProcessor(ProcessorMixin):
         """(M, F) float32 log-mel features of one clip, its own frames alone.
 
         Args:
-            audio: a path, or mono float samples at the extractor's sampling rate.
+            audio: a path, or mono float samples (S,) at the extractor's sampling rate.
+
+        Raises:
+            AudioError: it cannot be read, is empty, too short or too long, or not finite.
+            TypeError: it is neither a path nor an array of floats.
+            ValueError: it has several channels.
         """
         rate = self.feature_extractor.sampling_rate
         if isinstance(audio, (str, Path)):
             audio = load_audio(audio, sampling_rate=rate)
+        elif isinstance(audio, np.ndarray):
+            # augmentation makes a clip up to four times as fast, one of the least length too
+            audio = check_waveform(audio, sampling_rate=rate, min_duration=MIN_DURATION / 4)
+        else:
+            raise TypeError(
+                f"audio: expected a path or a numpy array, got {type(audio).__name__}; convert "
+                "samples with numpy.asarray"
+            )
         extracted = self.feature_extractor(
             audio, sampling_rate=rate, padding=False, truncation=False, return_tensors="np"
         )
@@ -196,7 +209,7 @@ class BlspKDProcessor(ProcessorMixin):
         """Clips and what to do with them, to a batch for the model.
 
         Args:
-            audio: one clip or several: paths, or mono float samples at 16 kHz.
+            audio: one clip or several: paths, or mono float samples (S,) at 16 kHz.
             messages: chat turns for all clips or for each, with ``{speech}`` in one of them.
             prompt: instead of ``messages``: the user turn's text, with ``{speech}`` in it.
             transcripts: what is said, for ``forward``; left out for ``generate``.
@@ -212,6 +225,8 @@ class BlspKDProcessor(ProcessorMixin):
         if prompt is not None:
             messages = as_messages(prompt)
         assert messages is not None
+        # first of all, so that what is no clip, or no list of clips, is told as such
+        features = [self.features(clip) for clip in clips]
         shared = isinstance(messages[0], dict)
         chats = [messages] * len(clips) if shared else list(messages)
         for name, values in (("transcripts", transcripts), ("responses", responses)):
@@ -229,7 +244,7 @@ class BlspKDProcessor(ProcessorMixin):
         text = self.pad_turns(turns, padding_side=side)
         if transcripts is None:
             del text["labels"]
-        speech = self.pad_features([self.features(clip) for clip in clips], full_window=full_window)
+        speech = self.pad_features(features, full_window=full_window)
         return BatchFeature({**text, **speech})
 
     def decode_responses(self, token_ids: Tensor) -> list[str]:

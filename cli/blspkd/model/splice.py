@@ -63,8 +63,12 @@ def splice(
         speech_embeds: (B, N, H), cast to the dtype of ``text_embeds``.
         speech_attention_mask: (B, N) bool, True on the first n_b positions of row b.
         labels: (B, L) int64, -100 where there is nothing to predict; moved along with the text.
-        length: S, if it is known; spares the device a synchronisation.
+        length: S, if it is known; spares the device a synchronisation, and with it the check that
+            each row has one run.
         padding_side: where the shorter rows are padded.
+
+    Raises:
+        ValueError: a row of ``speech_mask`` has no run, or several.
     """
     batch, text_length = attention_mask.shape
     speech_length = speech_embeds.shape[1]
@@ -74,7 +78,7 @@ def splice(
     end = width.cumsum(dim=1)
     start = end - width
     total = end[:, -1:]
-    spliced_length = length if length is not None else int(total.max())
+    spliced_length = length if length is not None else _checked_length(total, speech_mask)
     if padding_side == "left":
         start = start + (spliced_length - total)
 
@@ -106,3 +110,19 @@ def splice(
         speech_mask=(index >= text_length) & (index != nothing),
         labels=moved_labels,
     )
+
+
+def _checked_length(total: Tensor, speech_mask: Tensor) -> int:
+    """The longest of the rows' lengths (B, 1), once each is known to have one place for speech."""
+    begins = speech_mask.clone()
+    begins[:, 1:] &= ~speech_mask[:, :-1]
+    runs = begins.sum(dim=1)
+    # together, so that the device is waited for once
+    longest, fewest, most = torch.stack([total.max(), runs.min(), runs.max()]).tolist()
+    if fewest != 1 or most != 1:
+        raise ValueError(
+            "speech_mask: expected one run of True in each row, where its speech goes, got rows "
+            f"with {fewest if fewest != 1 else most}; give each row one place, as the processor "
+            "does, and leave rows without speech to generate_from_text"
+        )
+    return int(longest)

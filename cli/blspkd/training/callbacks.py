@@ -96,27 +96,29 @@ class ProgressLine(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends the run after the step in progress, with a checkpoint.
+    """The first Ctrl-C or SIGTERM ends the run after the step in progress, with a checkpoint.
 
-    A second one interrupts at once, as ever.
+    A second one interrupts at once, as ever. Batch systems send SIGTERM when a job's time is up.
 
     Attributes:
         interrupted: whether it happened.
     """
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
     def __init__(self) -> None:
         self.interrupted = False
-        self.previous: Any = None
+        self.previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Listen."""
-        self.previous = signal.signal(signal.SIGINT, self._interrupt)
+        self.previous = {one: signal.signal(one, self._interrupt) for one in self.SIGNALS}
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = True
-        signal.signal(signal.SIGINT, self.previous)
+        self._listen_no_more()
         click.echo("interrupted: writing a checkpoint after this step", err=True)
 
     def on_step_end(
@@ -132,4 +134,8 @@ class StopOnInterrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Listen no more."""
-        signal.signal(signal.SIGINT, self.previous)
+        self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
+        while self.previous:
+            signal.signal(*self.previous.popitem())

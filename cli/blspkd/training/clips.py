@@ -12,6 +12,7 @@ from blspkd.data.manifest import Record, read_manifest
 from blspkd.model.processing import BlspKDProcessor
 
 from .config import TrainConfig
+from .folder import DATA_NAME
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def read_clips(
     dropped = Counter[str]()
 
     def usable(reference: str, limit: int | None, responses: str | None = None) -> list[Record]:
-        records = read_manifest(resolve_manifest(reference, folder / "data"))[:limit]
+        records = read_manifest(resolve_manifest(reference, folder / DATA_NAME))[:limit]
         if responses is not None:
             records = join_responses(records, Path(responses))
         kept, why = keep_usable(

@@ -40,6 +40,11 @@ def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> TrainConfig
                 place[parent] = {}
             place = place[parent]
         place[last] = yaml.safe_load(text)
+    return from_dict(values)
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """A configuration from a nested mapping, such as :func:`as_dict` gives."""
     config: TrainConfig = _build(TrainConfig, values, "")
     return config
 

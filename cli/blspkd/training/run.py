@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from blspkd.data.manifest import Record
 from blspkd.model.modeling import BlspKDForConditionalGeneration
 from blspkd.model.processing import BlspKDProcessor
 
-from .arguments import training_arguments
+from .arguments import check_trainer_fields, training_arguments
 from .averaging import average_with, check_averaging, trained_weights
 from .build import build_model, describe_parameters, make_processor, warn_of_slow_types
 from .callbacks import ProgressLine, RunLog, StopOnInterrupt
@@ -31,9 +30,10 @@ from .clips import Clips, describe_clips, read_clips
 from .config import TrainConfig
 from .folder import (
     BEFORE_NAME,
-    CONFIG_NAME,
     LOG_NAME,
     SUMMARY_NAME,
+    check_same_run,
+    clear_folder,
     last_checkpoint,
     open_folder,
     write_config,
@@ -81,10 +81,16 @@ def train(
     """
     check_schedule(config)
     check_averaging(config)
+    check_trainer_fields(config)
+    if config.losses.alignment.weight > 0 and not config.data.cache_features:
+        raise ValueError(
+            "losses.alignment needs the frozen encoder's outputs on disk: set "
+            "data.cache_features=true"
+        )
     process = PartialState(cpu=not torch.cuda.is_available())
     if not process.is_main_process:
         say = _say_nothing
-    folder = _common_folder(config, process, resume=resume, force=force)
+    folder = _common_folder(config, process, resume=resume, force=force, overfit=overfit)
     processor = make_processor(config)
     with process.main_process_first():  # it unpacks what comes inside the package
         clips = read_clips(config, processor, folder, overfit=overfit)
@@ -94,7 +100,10 @@ def train(
     model = build_model(config, say=say).to(process.device)
     say(describe_parameters(model))
     if process.is_main_process:
-        write_config(folder, config)
+        if force and not resume:
+            clear_folder(folder)  # only now: what was refused before must not cost a finished run
+        write_config(folder, config, overfit=overfit)
+    process.wait_for_everyone()
 
     augmentation = Augmentation(config.data.augment, clips.train, seed=config.seed)
     cache = None
@@ -137,7 +146,7 @@ def train(
     # before a checkpoint is read: in a resumed run too, these are the weights it began with
     start = trained_weights(model) if config.optim.average_with_start else {}
     checkpoint = last_checkpoint(folder) if resume else None
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train_from(checkpoint)
     if stop.interrupted:
         return RunResult(folder, before, {}, interrupted=True)
 
@@ -184,11 +193,7 @@ def _filled_alignments(
     say: Say,
 ) -> AlignmentCache:
     """Where the tokens of every training clip, and of its augmented copies, end."""
-    if cache is None:
-        raise ValueError(
-            "losses.alignment needs the frozen encoder's outputs on disk: set "
-            "data.cache_features=true"
-        )
+    assert cache is not None  # train() has refused this loss without
     alignments = AlignmentCache(cache, processor, prompt=config.model.prompt)
 
     def load_aligner() -> CrossAttentionAligner:
@@ -230,26 +235,15 @@ def _say_nothing(text: str) -> None:
 
 
 def _common_folder(
-    config: TrainConfig, process: PartialState, *, resume: bool, force: bool
+    config: TrainConfig, process: PartialState, *, resume: bool, force: bool, overfit: int
 ) -> Path:
     """The run's folder, opened by the main process and named to the others."""
     found: list[str | None] = [None]
     if process.is_main_process:
         folder = open_folder(config, resume=resume, force=force)
-        if force and not resume:
-            _clear(folder)
+        if resume:
+            check_same_run(folder, config, overfit=overfit)
         found = [str(folder)]
     broadcast_object_list(found)
     assert found[0] is not None
     return Path(found[0])
-
-
-def _clear(folder: Path) -> None:
-    """Empty a folder that is to be started over in, if it is a run's."""
-    if not (folder / CONFIG_NAME).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is no run's folder (it has no train.yaml): not emptying it")
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

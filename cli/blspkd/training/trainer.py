@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from blspkd.data.batches import ClipDataset, Collator, LengthGroupedSampler
 from blspkd.model.objective import loss_items
@@ -49,6 +50,22 @@ class BlspKDTrainer(Trainer):
         self.steps_since_log = 0
         self.clips_since_log = 0
         self.last_log = time.monotonic()
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end of the run, from its start or from a checkpoint.
+
+        Where the checkpoint holds the last step, its weights are taken and that is all: Trainer
+        would take one step more, in which no loss counts.
+        """
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+            if state.global_step >= last:
+                unwrapped: Any = self.accelerator.unwrap_model(self.model)
+                unwrapped.take_weights(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of clips of like length, in an order that seed and epoch decide."""
