@@ -71,13 +71,31 @@ def test_it_equals_the_formula_on_masked_positions_and_the_base_elsewhere(base):
         assert one.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_at_the_start_it_is_the_base_layer_bitwise(base, dtype):
     model = apply_plora(base.to(dtype), PLoRAConfig(r=3, use_dora=True, lora_dropout=0.0))
     x = torch.randn(2, 5, 9).to(dtype)
     assert model.layer.lora_magnitude_vector.dtype == torch.float32
     with plora_mask(torch.ones(2, 5, dtype=torch.bool)):
         assert torch.equal(model(x), model.layer.base_layer(x))
+
+
+def test_a_row_of_zeros_is_learnt_by_the_plain_update(base):
+    weight = base.layer.weight.T if isinstance(base.layer, Conv1D) else base.layer.weight
+    weight.data[1] = 0
+    model = apply_plora(base, PLoRAConfig(r=3, use_dora=True, lora_dropout=0.0))
+    x, mask = torch.randn(2, 5, 9), torch.ones(2, 5, dtype=torch.bool)
+    with plora_mask(mask):
+        found = model(x)
+    assert torch.equal(found, model.layer.base_layer(x))
+    found.square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad.isfinite().all() for grad in grads)
+    # as LoRA's own: the gradient of the outputs, times A x, and no length to train
+    low = x.view(-1, 9) @ model.layer.lora_A.T
+    wanted = 2 * found.view(-1, 6)[:, 1] @ low * model.layer.updates["default"].scaling
+    torch.testing.assert_close(model.layer.lora_B.grad[1], wanted)
+    assert model.layer.lora_magnitude_vector.grad[1] == 0
 
 
 def test_an_empty_mask_gives_zero_gradients(base):

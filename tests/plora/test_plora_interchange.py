@@ -131,6 +131,18 @@ def test_a_folder_of_peft_loads_as_plora(base, fields, ids, span, tmp_path):
     assert not torch.equal(masked[0, 2:], plain[0, 2:])
 
 
+@pytest.mark.parametrize("how", ["gaussian", "orthogonal", "mica"])
+def test_initialisers_that_leave_the_base_model_alone_are_read(llama, ids, span, tmp_path, how):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=how)
+    theirs = peft.get_peft_model(copy.deepcopy(llama), config)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = load_plora(llama, tmp_path)
+    everywhere = span(5, (0, 5), (0, 5))
+    expected = theirs.eval()(input_ids=ids).logits
+    assert torch.equal(ours(input_ids=ids, plora_mask=everywhere).logits, expected)
+
+
 def test_the_same_layers_are_taken_and_peft_loads_them(base, fields, ids, span, tmp_path):
     theirs = of_peft(base, fields)
     ours = apply_plora(copy.deepcopy(base), PLoRAConfig.from_dict(fields))
@@ -180,6 +192,9 @@ def test_modalities_are_one_adapter_of_peft_each(llama, ids, span, tmp_path):
         ("bias", "all", "expected bias to be 'none'"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("lora_bias", True, "lora_bias"),
+        ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "olora", "which changes the base model as well"),
+        ("init_lora_weights", "loftq", "which changes the base model as well"),
         ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens"),
         ("target_modules", ["q_proj", "lm_head"], "'lm_head' matches no layer inside the decoder"),
     ],

@@ -149,3 +149,23 @@ def test_checkpointing_turned_on_again_later_still_carries_the_mask(base, embeds
         grads.append({name: grad.clone() for name, grad in gradients(model).items()})
     for other in grads[1:]:
         assert all(torch.equal(grads[0][name], other[name]) for name in grads[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_around_the_whole_call_carries_the_argument(
+    base, embeds, span, randomised, use_reentrant
+):
+    masks, results = [span(9, (2, 5), (4, 7)), span(9, (0, 3), (8, 9))], []
+    for checkpointing in (False, True):
+        model, inputs = randomised(base).train(), embeds.clone().requires_grad_()
+
+        def call(x, model=model):
+            return model(inputs_embeds=x, use_cache=False, plora_mask=masks[0]).logits
+
+        logits = (
+            checkpoint(call, inputs, use_reentrant=use_reentrant) if checkpointing else call(inputs)
+        )
+        with plora_mask(masks[1]):  # around the call alone, this one would be taken for it
+            logits.square().sum().backward()
+        results.append(gradients(model) | {"inputs": inputs.grad})
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

@@ -38,6 +38,8 @@ class Activation:
             holds; else empty.
         past: Positions before the pass's first one.
         learning: Whether gradients are on, so that also no row at all has to reach A and B.
+        watched: In the first masked pass, id of each adapted layer that ran -> for each call why it
+            was not adapted, or None; else None. Here and not on the model, where other threads are.
     """
 
     rows: Mapping[str, Tensor]
@@ -46,6 +48,7 @@ class Activation:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     past: int = 0
     learning: bool = False
+    watched: dict[int, list[str | None]] | None = field(default=None, repr=False)
     _in_cache: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
     _ready: dict[tuple[int, torch.device], Rows] = field(default_factory=dict, repr=False)
 
@@ -211,12 +214,14 @@ def dense_rows(mask: Tensor, *, batch: int, length: int, past: int, device: torc
     check_batch(mask, batch)
     window = mask[:, past : past + length]
     window = torch.nn.functional.pad(window, (0, length - window.shape[1]))
-    return window.repeat_interleave(batch // mask.shape[0], dim=0).flatten().to(device)
+    if batch != mask.shape[0]:
+        window = window.repeat_interleave(batch // mask.shape[0], dim=0)
+    return window.flatten().to(device)
 
 
 def check_batch(mask: Tensor, batch: int) -> None:
     """Raise ValueError unless `batch` sequences can share the rows of `mask`."""
-    if mask.shape[0] == 0 or batch % mask.shape[0]:
+    if batch != mask.shape[0] and (mask.shape[0] == 0 or batch % mask.shape[0]):
         raise ValueError(
             f"mask: expected a row per sequence, so that the batch of {batch} is a multiple of its "
             f"rows, got shape {tuple(mask.shape)}; give plora_mask the mask of this batch"

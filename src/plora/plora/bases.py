@@ -37,6 +37,22 @@ def device_of(module: nn.Module) -> device | None:
     return None
 
 
+def check_present(module: nn.Module) -> None:
+    """Raise ValueError where the values of `module` come and go with its calls.
+
+    accelerate's offloading leaves parameters on the meta device and puts another ``forward`` in the
+    place of the class's, that fetches them. A and B, made on that device, would never have values.
+    A module that is on the meta device for now, as before it is loaded, passes.
+    """
+    device = device_of(module)
+    if device is not None and device.type == "meta" and "forward" in vars(module):
+        raise ValueError(
+            f"model: expected {type(module).__name__} to hold its values, got one on the meta "
+            "device whose forward was replaced, as offloading (accelerate) does; apply or load "
+            "PLoRA first and offload then, or put what is offloaded in exclude_modules"
+        )
+
+
 def dense_weight(module: nn.Module) -> Tensor | None:
     """(N, K) floating weight of a layer, or None if it is quantised or kept otherwise."""
     weight = getattr(module, "weight", None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from plora.config import DEFAULT, PLoRAConfig
-from plora.decoder import find_scope
+from plora.decoder import find_scopes
 from plora.peft_format import from_peft, parameters_of, to_peft
 from plora.swap import Model, apply_plora, remove_plora, require_scope
 
@@ -29,7 +29,8 @@ def plora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A and B of every adapted layer, under PEFT's names.
 
     Args:
-        model: A model with PLoRA. Paths count from this model, so load into the same one.
+        model: A model with PLoRA, or a wrapper around it. Paths count from the model given to
+            `apply_plora`, so load into that one.
 
     Returns:
         ``base_model.model.<path>.lora_A.weight`` (r, K) and ``...lora_B.weight`` (N, r), with DoRA
@@ -39,8 +40,8 @@ def plora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: The model has no PLoRA.
     """
-    require_scope(model)
-    return {name: parameter.detach() for name, parameter in parameters_of(model).items()}
+    given, _ = require_scope(model)
+    return {name: parameter.detach() for name, parameter in parameters_of(given).items()}
 
 
 def load_plora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -51,10 +52,12 @@ def load_plora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) ->
         state_dict: As `plora_state_dict` returns it; it has to have every name, and no other.
 
     Raises:
-        ValueError: The model has no PLoRA, or names or shapes differ. Nothing is changed then.
+        ValueError: The model has no PLoRA, or names or shapes differ, or its A and B are on the
+            meta device, where values are lost. Nothing is changed then.
     """
-    require_scope(model)
-    parameters = parameters_of(model)
+    given, _ = require_scope(model)
+    parameters = parameters_of(given)
+    _check_present(parameters)
     missing, unexpected = parameters.keys() - state_dict.keys(), state_dict.keys() - parameters
     if missing or unexpected:
         what = f"{min(missing)!r} is missing" if missing else f"{min(unexpected)!r} is unexpected"
@@ -84,13 +87,14 @@ def save_plora(model: nn.Module, directory: str | Path) -> None:
     them, and the first one writes.
 
     Args:
-        model: A model with PLoRA.
+        model: A model with PLoRA, or a wrapper around it, such as that of torch.compile.
         directory: Created if need be; the files of an earlier save are replaced.
 
     Raises:
-        ValueError: The model has no PLoRA.
+        ValueError: The model has no PLoRA, or A and B are on the meta device.
     """
-    _, scope = require_scope(model)
+    model, scope = require_scope(model)
+    _check_present(parameters_of(model))
     folder = Path(directory)
     whole = {modality: _whole(parameters_of(model, modality)) for modality in scope.configs}
     sharded = any(hasattr(one, "full_tensor") for one in parameters_of(model).values())
@@ -134,10 +138,9 @@ def load_plora(model: Model, directory: str | Path) -> Model:
     for modality in configs:
         values = _read_weights(_folder(folder, modality) / WEIGHTS_FILE)
         state_dict |= {_with_modality(name, modality): value for name, value in values.items()}
-    found = find_scope(model)
-    if found is None:
+    if not find_scopes(model):
         return _apply_and_load(model, configs, state_dict)
-    present, expected = _strengths(found[1].configs), _strengths(configs)
+    present, expected = _strengths(require_scope(model)[1].configs), _strengths(configs)
     if present != expected:
         raise ValueError(
             f"model: expected PLoRA with {expected} as in {folder}, got {present}; call "
@@ -157,6 +160,16 @@ def _apply_and_load(
         remove_plora(model)
         raise
     return model
+
+
+def _check_present(parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: expected A and B with values, got {name!r} on the meta device; load and "
+                "save before the model is offloaded (accelerate), or after "
+                "model.to_empty(device=...) and loading the base model"
+            )
 
 
 def _whole(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from plora.config import PLoRAConfig
 from plora.layer import PLoRALinear
 from plora.mask import disabled_modules, marked
 from plora.passes import activation_of, named_arguments
-from plora.past import count_pass
+from plora.past import count_pass, forget_reset
 from plora.recompute import carry_activations, restore_checkpoints
-from plora.report import FirstPass, is_compiling, tell
+from plora.report import is_compiling, settle, tell
 
 _SCOPE = "plora_scope"
 
@@ -62,6 +63,8 @@ class DecoderScope:
         configs: What was applied, by modality.
         trainable: Names of the model's parameters that required gradients before PLoRA was applied.
         left_out: Path -> why, of the linear layers inside the decoder that are not wrapped.
+        path: Of the decoder inside the model that PLoRA was applied to, by which that is known
+            again.
     """
 
     def __init__(
@@ -69,12 +72,13 @@ class DecoderScope:
         configs: Mapping[str, PLoRAConfig],
         trainable: frozenset[str],
         left_out: Mapping[str, str],
+        path: str,
     ) -> None:
         self.configs = dict(configs)
         self.trainable = trainable
         self.left_out = dict(left_out)
+        self.path = path
         self._settled = False
-        self._first_pass: FirstPass | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self, decoder: nn.Module) -> None:
@@ -102,12 +106,14 @@ class DecoderScope:
         mask = kwargs.pop(ARGUMENT, None)
         given = None if mask is None else marked(mask)
         named = named_arguments(decoder, args, kwargs)
+        if not is_compiling():
+            forget_reset(named)
         activation = activation_of(decoder, named, self.configs.keys(), given)
+        if activation.rows and not self._settled and not is_compiling():
+            activation = replace(activation, watched={})
         set_activation(activation)
         if decoder.training and torch.is_grad_enabled():
             carry_activations(decoder)
-        if activation.rows and not self._settled and not is_compiling():
-            self._first_pass = FirstPass(decoder)
         return args, kwargs
 
     def _leave(
@@ -115,26 +121,20 @@ class DecoderScope:
     ) -> None:
         activation = current_activation()
         close_pass(decoder)
-        first_pass, self._first_pass = self._first_pass, None
         if output is None or activation is None:  # the forward pass raised
-            if first_pass is not None:
-                first_pass.stop()
             return
         if not is_compiling():
             count_pass(named_arguments(decoder, args, kwargs), output, activation.length)
-        if first_pass is not None:
-            first_pass.finish(decoder)
+        if activation.watched is not None and not self._settled:
+            settle(decoder, activation.watched)
             self._settled = True
             tell(decoder)
 
 
-def find_scope(model: nn.Module) -> tuple[nn.Module, DecoderScope] | None:
-    """The decoder inside `model` that carries PLoRA's hooks, with them, or None."""
-    for module in model.modules():
-        scope = vars(module).get(_SCOPE)
-        if isinstance(scope, DecoderScope):
-            return module, scope
-    return None
+def find_scopes(model: nn.Module) -> dict[str, DecoderScope]:
+    """Path of each decoder inside `model` that carries PLoRA's hooks -> them."""
+    found = {path: vars(module).get(_SCOPE) for path, module in model.named_modules()}
+    return {path: scope for path, scope in found.items() if isinstance(scope, DecoderScope)}
 
 
 @contextmanager

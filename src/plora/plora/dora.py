@@ -44,7 +44,8 @@ def add_dora(
     On those rows the result is ``g * (W x + scaling * B A x) + b``, with ``g = magnitude / |W +
     scaling * B A|``, whose denominator is taken as a constant by the backward pass (section 4.3).
     While training, dropout acts on x in both terms of the change, as in PEFT. Other rows are
-    copied. Where magnitude is still that of W, and B is zero, g is one and the change is zero.
+    copied. Where magnitude is still that of W, and B is zero, g is one and the change is zero. g is
+    one also where a row of W + scaling * B A is all zeros.
 
     Args:
         output: (..., N), the base layer's result.
@@ -71,8 +72,11 @@ def add_dora(
         base = flat.index_select(0, rows)
         base = base if bias is None else base - bias
     with torch.no_grad():
-        norm = weight_norm(weight, lora_a, lora_b, scaling=scaling)
-    stretch = (magnitude / norm).to(dtype)
+        # in the dtype of the magnitude, which at the start is this very number
+        norm = weight_norm(weight, lora_a, lora_b, scaling=scaling).to(magnitude.dtype)
+        flat_row = norm == 0
+    # A row of zeros has no direction; masked in both places, or its gradient is NaN
+    stretch = (magnitude / norm.masked_fill(flat_row, 1)).masked_fill(flat_row, 1).to(dtype)
     update = F.linear(F.linear(chosen, lora_a.to(dtype)), lora_b.to(dtype)) * scaling
     change = (stretch - 1) * base + stretch * update
     return flat.index_add(0, rows, change.to(output.dtype)).view(output.shape)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from plora.activation import Activation, current_activation, current_taken
 from plora.backends import Backend, triton_operators
-from plora.bases import dense_weight, device_of, is_untouched, linear_features
+from plora.bases import check_present, dense_weight, device_of, is_untouched, linear_features
 from plora.config import ALL_LINEAR, DEFAULT, PLoRAConfig
 from plora.dora import add_dora, weight_norm
 from plora.gather import add_low_rank
-from plora.mask import is_disabled
+from plora.mask import ambient_masks, is_disabled
 from plora.taken import compute_dtype
 from plora.update import Begun, shrink
 
@@ -35,7 +35,8 @@ class PLoRALinear(nn.Module):
     """A linear layer, untouched, plus ``scaling * B A dropout(x)`` on active positions.
 
     The layer is wrapped, not replaced: its own forward pass computes the base part, whatever it is
-    made of. Where no position is active its result is returned as it is.
+    made of. Where no position is active its result is returned as it is. It works inside of a
+    decoder that `apply_plora` was given; called alone, it raises.
 
     A is (r, K), drawn as in PEFT (uniform, Kaiming with a = sqrt(5)); B is (N, r) and starts at
     zero; with DoRA there is a magnitude (N,), at first the lengths of the weight's rows. They are
@@ -54,6 +55,7 @@ class PLoRALinear(nn.Module):
     Raises:
         TypeError: `base_layer` is not a linear layer, or DoRA is asked for and its weight is no
             plain floating matrix.
+        ValueError: Its values are elsewhere until it is called (offloading).
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class PLoRALinear(nn.Module):
         # A layer that was named has to fit; one of "all-linear" may turn out not to
         self.may_be_left_out = all(one.target_modules == ALL_LINEAR for one in configs.values())
         self.left_out: str | None = None
+        self.stays_plain = False  # left out by all calls in the first masked pass
         self.backend = backend
         self.settled = False  # whether what the first pass found has been told
         self._create(dtype, named=configs.keys() != {DEFAULT})
@@ -109,23 +112,27 @@ class PLoRALinear(nn.Module):
             for name, value in found.items()
         }
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """The base layer's output, updated on the positions active in this decoder pass.
 
         Args:
-            hidden_states: (batch, T, K) or (batch * T, K), floating.
+            input: (batch, T, K) or (batch * T, K), floating; called as in `torch.nn.Linear`.
 
         Returns:
             (batch, T, N) or (batch * T, N), the base layer's dtype.
 
         Raises:
             ValueError: The layer runs where its update could be lost unnoticed: outside of a pass
-                of its decoder, in training mode or with gradients on; or it was named in
-                ``target_modules`` and its input does not have the positions of the pass.
+                of its decoder, inside `plora_mask`, in training mode or with gradients on; or it
+                was named in ``target_modules`` and its input does not have the positions of the
+                pass.
         """
-        activation = current_activation()
+        hidden_states, activation = input, current_activation()
         if activation is None:
             self._check_bare_call()
+        elif activation.watched is not None:
+            activation.watched.setdefault(id(self), []).append(None)
+        if activation is None:
             output: Tensor = self.base_layer(hidden_states)
             return output
         seen, chosen = activation.find(hidden_states)
@@ -140,7 +147,9 @@ class PLoRALinear(nn.Module):
             before = self._shrink(hidden_states, chosen, activation, begun)
         output = self.base_layer(before)
         if not seen or not self._is_linear(hidden_states, output):
-            self._leave_out(hidden_states, activation.batch, activation.length)
+            self._leave_out(hidden_states, activation)
+            return output
+        if self.stays_plain:  # asked only here: a checkpoint has to repeat what the first pass did
             return output
         for name, rows in chosen.items():
             if name in begun:
@@ -161,6 +170,7 @@ class PLoRALinear(nn.Module):
 
     def _create(self, dtype: torch.dtype, *, named: bool) -> None:
         """Make A and B, and the magnitudes."""
+        check_present(self.base_layer)
         device = device_of(self.base_layer)
         made: dict[str, dict[str, nn.Parameter]] = {"lora_A": {}, "lora_B": {}}
         for name, one in self.updates.items():
@@ -250,12 +260,14 @@ class PLoRALinear(nn.Module):
 
     def _check_bare_call(self) -> None:
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._parts())
-        if (self.training or learning) and not is_disabled(self):
+        masked = ambient_masks() is not None
+        if (self.training or learning or masked) and not is_disabled(self):
             raise ValueError(
                 "PLoRALinear: expected to run inside a forward pass of the decoder it belongs to, "
                 "got a call outside of one, so the mask of the pass is unknown. If this is a "
                 "backward pass, a checkpoint of your own recomputes the layer: use the model's "
-                "own gradient checkpointing (transformers) instead. For the plain base layer, use "
+                "own gradient checkpointing (transformers) instead. A layer alone needs a module "
+                "around it that apply_plora was given. For the plain base layer, use "
                 "plora_disabled(model)"
             )
 
@@ -269,7 +281,8 @@ class PLoRALinear(nn.Module):
             self.out_features,
         )
 
-    def _leave_out(self, hidden_states: Tensor, batch: int, length: int) -> None:
+    def _leave_out(self, hidden_states: Tensor, activation: Activation) -> None:
+        batch, length = activation.batch, activation.length
         reason = (
             f"hidden_states: expected ({batch}, {length}, features) or ({batch * length}, "
             f"features), the positions of the decoder pass, and an output of {self.out_features} "
@@ -278,6 +291,9 @@ class PLoRALinear(nn.Module):
         )
         if not self.may_be_left_out:
             raise ValueError(reason)
+        if activation.watched is not None:
+            activation.watched[id(self)][-1] = reason
+            return
         if self.settled and self.left_out is None:
             warnings.warn(f"plora: a layer is not adapted; {reason}", stacklevel=2)
         self.left_out = reason

@@ -48,7 +48,9 @@ def plora_mask(mask: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
     nothing. Their positions have to be disjoint. That is checked for masks on the CPU; elsewhere
     the check would wait for the device, and a position in two masks gets both updates.
 
-    The backward pass may run outside the block.
+    The backward pass may run outside the block. The block holds for the thread that entered it: a
+    generator that yields inside of one leaves its mask around whatever its caller does meanwhile,
+    and another thread sees none. There, give each call its mask: ``model(..., plora_mask=mask)``.
 
     Args:
         mask: (B, L) bool, True on the positions to adapt; or modality -> such a mask, all of one
@@ -58,13 +60,13 @@ def plora_mask(mask: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
         TypeError: `mask` is no bool tensor.
         ValueError: `mask` has not two dimensions, or masks differ in shape or overlap.
     """
-    here = state()
-    before = here.masks
-    here.masks = marked(mask)
+    here, mine = state(), marked(mask)
+    here.masks = (*here.masks, mine)
     try:
         yield
     finally:
-        here.masks = before
+        # Its own, not the last: generators that are inside a block each may end in any order
+        here.masks = tuple(one for one in here.masks if one is not mine)
 
 
 def marked(mask: Tensor | Mapping[str, Tensor]) -> dict[str, Marked]:
@@ -81,22 +83,22 @@ def marked(mask: Tensor | Mapping[str, Tensor]) -> dict[str, Marked]:
 def disabled_modules(ids: frozenset[int]) -> Iterator[None]:
     """Switch the modules with these ids off inside the block, on top of those off already."""
     here = state()
-    before = here.disabled
-    here.disabled = before | ids
+    here.disabled = (*here.disabled, ids)
     try:
         yield
     finally:
-        here.disabled = before
+        here.disabled = tuple(one for one in here.disabled if one is not ids)
 
 
 def is_disabled(module: object) -> bool:
     """Whether `module` is switched off on this thread."""
-    return id(module) in state().disabled
+    return any(id(module) in ids for ids in state().disabled)
 
 
 def ambient_masks() -> Mapping[str, Marked] | None:
     """The masks of the innermost `plora_mask` block, or None."""
-    return state().masks
+    masks = state().masks
+    return masks[-1] if masks else None
 
 
 def _whole(mask: Tensor) -> Tensor | None:

@@ -15,6 +15,9 @@ from plora.mask import Marked, ambient_masks, is_disabled
 from plora.past import past_length
 from plora.report import is_compiling
 
+# What transformers' decoders call their sequence, as ids or as embeddings
+_SEQUENCES = ("input_ids", "inputs_embeds")
+
 
 def activation_of(
     decoder: nn.Module,
@@ -34,7 +37,8 @@ def activation_of(
         ValueError: No mask reaches a pass in training mode, or one for a modality that the model
             does not have, or for another batch.
     """
-    batch, length, device = _positions(decoder, named)
+    sequence = _sequence(named)
+    batch, length = (0, 0) if sequence is None else (sequence.shape[0], sequence.shape[1])
     off = Activation({}, batch, length)
     if is_disabled(decoder):
         return off
@@ -48,6 +52,12 @@ def activation_of(
                 "plain base model"
             )
         return off
+    if sequence is None:
+        raise ValueError(
+            f"{type(decoder).__name__}: expected input_ids (batch, T) or inputs_embeds (batch, T, "
+            f"D), or any tensor of such a shape as its first one, got {sorted(named)}; give it one"
+        )
+    device = sequence.device
     marked = _by_modality(marked, modalities)
     learning = torch.is_grad_enabled()
     past = past_length(named)
@@ -73,11 +83,23 @@ def activation_of(
 def named_arguments(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The arguments of a call of `decoder` by name."""
-    if not args:
+    """The arguments of a call of `decoder` by name, in the order of its signature.
+
+    Those that it takes as ``*args`` are called ``args[0]`` and so on.
+    """
+    if not args and any(isinstance(kwargs.get(name), Tensor) for name in _SEQUENCES):
         return kwargs
-    bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-    return {**kwargs, **bound}
+    signature = inspect.signature(decoder.forward)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"{name}[{index}]": one for index, one in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    return named
 
 
 def _rows(one: Marked, batch: int, length: int, past: int, device: torch.device) -> Tensor:
@@ -108,15 +130,11 @@ def _by_modality(marked: Mapping[str, Marked], modalities: Collection[str]) -> M
     )
 
 
-def _positions(decoder: nn.Module, named: Mapping[str, Any]) -> tuple[int, int, torch.device]:
-    for name in ("input_ids", "inputs_embeds"):
+def _sequence(named: Mapping[str, Any]) -> Tensor | None:
+    """The tensor whose first two dimensions are sequences and positions."""
+    for name in _SEQUENCES:
         value = named.get(name)
         if isinstance(value, Tensor):
-            return value.shape[0], value.shape[1], value.device
-    for value in named.values():
-        if isinstance(value, Tensor) and value.ndim >= 2:
-            return value.shape[0], value.shape[1], value.device
-    raise ValueError(
-        f"{type(decoder).__name__}: expected input_ids (batch, T) or inputs_embeds (batch, T, D), "
-        f"got {sorted(named)}"
-    )
+            return value
+    tensors = (value for value in named.values() if isinstance(value, Tensor))
+    return next((value for value in tensors if value.ndim >= 2), None)

@@ -1,7 +1,8 @@
 """Where in the sequence a pass starts: after what its cache holds.
 
 A cache of keys and values knows its length. One with only recurrent states (Mamba, xLSTM, RWKV)
-does not: what passes have written into it is counted here, from outside.
+does not: what passes have written into it is counted here, from outside. The tuples of keys and
+values that stood for a cache in older code are as long as their keys.
 """
 
 from __future__ import annotations
@@ -36,16 +37,27 @@ def past_length(named: Mapping[str, Any]) -> int:
     length = _own_length(cache)
     if length is not None:
         return length
+    if _is_fresh(cache):
+        return 0
     counted = _counted(cache)
-    if counted is not None:
-        return counted
-    if not _is_fresh(cache):
+    if counted is None:
         raise ValueError(
             f"plora_mask: the position at which this pass continues is unknown, because its "
             f"{type(cache).__name__} does not know its length and was filled elsewhere or copied; "
             "run the whole sequence with this model, without a cache from outside"
         )
-    return 0
+    return counted
+
+
+def forget_reset(named: Mapping[str, Any]) -> None:
+    """Before a pass: drop what was counted of its cache if that was emptied since (``reset``).
+
+    Args:
+        named: The arguments of the pass by name.
+    """
+    cache = _cache_of(named)
+    if cache is not None and _counted(cache) is not None and _is_fresh(cache):
+        _seen.pop(id(_holder(cache)), None)
 
 
 def count_pass(named: Mapping[str, Any], output: Any, length: int) -> None:
@@ -61,11 +73,16 @@ def count_pass(named: Mapping[str, Any], output: Any, length: int) -> None:
         cache = _cache_of(vars(output) if hasattr(output, "__dict__") else {})
     if cache is None or _own_length(cache) is not None:
         return
-    before = _counted(cache) or 0
-    for key in [key for key, (one, _) in _seen.items() if one() is None]:
-        del _seen[key]
-    holder = _holder(cache)
-    _seen[id(holder)] = (weakref.ref(holder), before + length)
+    holder, before = _holder(cache), _counted(cache) or 0
+    key = id(holder)
+    try:
+        # Forgotten before the id can be another object's; other threads may be at `_seen` meanwhile
+        one = weakref.ref(holder, lambda _: _seen.pop(key, None))
+    except (
+        TypeError
+    ):  # a dict, or a tuple of other things: a masked pass that goes on from it raises
+        return
+    _seen[key] = (one, before + length)
 
 
 def _cache_of(named: Mapping[str, Any]) -> Any:
@@ -75,12 +92,19 @@ def _cache_of(named: Mapping[str, Any]) -> Any:
 def _own_length(cache: Any) -> int | None:
     get_seq_length = getattr(cache, "get_seq_length", None)
     if not callable(get_seq_length):
-        return None
+        return _keys_length(cache)
     try:
         length = get_seq_length()
     except ValueError:  # what a cache of transformers raises that has no attention layer
         return None
     return None if length is None else int(length)
+
+
+def _keys_length(cache: Any) -> int | None:
+    """Of ``((keys, values), ...)``, one pair for each layer, keys being (..., positions, K)."""
+    first = cache[0] if isinstance(cache, (list, tuple)) and cache else None
+    keys = first[0] if isinstance(first, (list, tuple)) and first else None
+    return keys.shape[-2] if isinstance(keys, Tensor) and keys.ndim > 2 else None
 
 
 def _holder(cache: Any) -> Any:

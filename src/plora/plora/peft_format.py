@@ -31,6 +31,9 @@ _REFUSED = (
     "velora_config",
     "monteclora_config",
 )
+# Initialisers after which the base model is the one that was downloaded. The others (PiSSA, OLoRA,
+# CorDA, LoftQ, LoRA-GA) take something out of its weights that A and B put back.
+_INITIALISERS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def parameters_of(model: nn.Module, modality: str | None = None) -> dict[str, nn.Parameter]:
@@ -82,7 +85,8 @@ def from_peft(values: Mapping[str, Any]) -> PLoRAConfig:
     """The configuration that an adapter_config.json of PEFT describes.
 
     Raises:
-        ValueError: It is no LoRA, or it changes more than `PLoRAConfig` can say.
+        ValueError: It is no LoRA, or it changes more than `PLoRAConfig` can say, such as the base
+            model, by its initialiser.
     """
     if values.get("peft_type") != "LORA":
         raise ValueError(
@@ -96,6 +100,13 @@ def from_peft(values: Mapping[str, Any]) -> PLoRAConfig:
                 f"adapter_config.json: expected {name} to be {_PLAIN.get(name)!r}, got {value!r}, "
                 "which Partial LoRA has nothing for; merge or retrain that part"
             )
+    initialiser = values.get("init_lora_weights")
+    if initialiser not in _INITIALISERS:
+        raise ValueError(
+            f"adapter_config.json: expected init_lora_weights to be one of {_INITIALISERS}, got "
+            f"{initialiser!r}, which changes the base model as well; let PEFT write it as a plain "
+            "LoRA, by save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     # PEFT writes null, or an empty list, for what is not set
     known = {
         name: value

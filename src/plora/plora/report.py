@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,55 +13,40 @@ from plora.layer import PLoRALinear
 NOT_CALLED = "the model did not call it in its first masked pass; it may read its weight instead"
 
 
-class FirstPass:
-    """Watches one pass of a decoder for adapted layers that it never calls.
+def settle(decoder: nn.Module, watched: Mapping[int, Sequence[str | None]]) -> None:
+    """Mark the layers that the first masked pass did not adapt, for good where no call of one fits.
+
+    A layer that was not called is adapted should a later pass call it, as layers that are dropped
+    at random are.
 
     Args:
-        decoder: Whose layers to watch, until `finish`.
-    """
-
-    def __init__(self, decoder: nn.Module) -> None:
-        self._called: set[int] = set()
-        self._handles = [
-            module.register_forward_pre_hook(self._note)
-            for module in decoder.modules()
-            if isinstance(module, PLoRALinear)
-        ]
-
-    def finish(self, decoder: nn.Module) -> None:
-        """Stop watching, and mark the layers that were not called."""
-        self.stop()
-        for module in decoder.modules():
-            if isinstance(module, PLoRALinear) and id(module) not in self._called:
-                module.left_out = NOT_CALLED
-
-    def stop(self) -> None:
-        """Stop watching; nothing is concluded."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _note(self, module: nn.Module, _: object) -> None:
-        self._called.add(id(module))
-
-
-def tell(decoder: nn.Module) -> None:
-    """Warn of the layers that the first pass left out, and raise if that are all.
+        decoder: Whose pass it was.
+        watched: ``Activation.watched`` of that pass.
 
     Raises:
         ValueError: No adapted layer saw the positions of the pass, so that the mask had no effect.
+            They are marked, but nothing is settled: the next pass may fit.
     """
-    layers = {
-        path: module for path, module in decoder.named_modules() if isinstance(module, PLoRALinear)
-    }
-    reasons = {path: layer.left_out for path, layer in layers.items() if layer.left_out}
-    if len(reasons) == len(layers):
-        path, reason = next(iter(reasons.items()))
+    layers = _layers(decoder)
+    for layer in layers.values():
+        calls = watched.get(id(layer), (NOT_CALLED,))
+        layer.left_out = next((reason for reason in calls if reason), None)
+    if not any(None in calls for calls in watched.values()):
+        path, layer = next(iter(layers.items()))
         raise ValueError(
             f"{type(decoder).__name__}: none of its {len(layers)} adapted layers sees the "
-            f"positions of the decoder pass, so the mask has no effect; {path!r}: {reason}"
+            f"positions of the decoder pass, so the mask has no effect; {path!r}: {layer.left_out}"
         )
     for layer in layers.values():
+        calls = watched.get(id(layer), ())
+        layer.stays_plain = bool(calls) and None not in calls
         layer.settled = True
+
+
+def tell(decoder: nn.Module) -> None:
+    """Warn of the layers that the first pass left out."""
+    layers = _layers(decoder)
+    reasons = {path: layer.left_out for path, layer in layers.items() if layer.left_out}
     if reasons:
         path, reason = next(iter(reasons.items()))
         warnings.warn(
@@ -74,3 +60,9 @@ def tell(decoder: nn.Module) -> None:
 def is_compiling() -> bool:
     """Whether torch.compile is tracing this pass; what comes and goes would make it do so again."""
     return torch.compiler.is_compiling()
+
+
+def _layers(decoder: nn.Module) -> dict[str, PLoRALinear]:
+    return {
+        path: module for path, module in decoder.named_modules() if isinstance(module, PLoRALinear)
+    }

@@ -15,16 +15,16 @@ class State:
     """One thread's record.
 
     Attributes:
-        masks: Modality -> its mask (``mask.Marked``), of the innermost `plora_mask` block; None
-            outside of any.
-        disabled: Ids of the modules that are switched off.
+        masks: For each `plora_mask` block around, the innermost last: modality -> its mask
+            (``mask.Marked``).
+        disabled: For each `plora_disabled` block around: ids of the modules it switches off.
         top: The decoder pass opened last (``activation.Frame``); passes nest like calls do, so it
             is the running one.
     """
 
     def __init__(self) -> None:
-        self.masks: Mapping[str, Any] | None = None
-        self.disabled: frozenset[int] = frozenset()
+        self.masks: tuple[Mapping[str, Any], ...] = ()
+        self.disabled: tuple[frozenset[int], ...] = ()
         self.top: Any = None
 
 

@@ -11,8 +11,9 @@ from plora.backends import Backend, check_backend
 from plora.bases import linear_features
 from plora.calls import give_methods_back, take_masks
 from plora.config import ALL_LINEAR, DEFAULT, PLoRAConfig
-from plora.decoder import DecoderScope, find_decoder, find_head, find_scope
+from plora.decoder import DecoderScope, find_decoder, find_scopes
 from plora.layer import PLoRALinear
+from plora.left_out import bypassed, left_out
 from plora.names import in_layers, matches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,24 +54,24 @@ def apply_plora(
 
     Raises:
         ValueError: The model has PLoRA or another adapter already, no layer fits the configuration,
-            a layer to wrap is shared between two places, a modality's name is no identifier, or
-            `backend` is unknown.
+            a layer to wrap is shared between two places, offloaded, or one whose weight is read
+            instead, a modality's name is no identifier, or `backend` is unknown.
         TypeError: A name in `target_modules` belongs to something that is not a linear layer, or
             DoRA is asked for on a quantised one. The model is as it was then.
     """
     check_backend(backend)
     configs = _by_modality(config)
-    if find_scope(model) is not None:
+    if find_scopes(model):
         raise ValueError(
             f"model: {type(model).__name__} has PLoRA already; call remove_plora(model) first"
         )
     decoder = find_decoder(model)
     broad = any(one.target_modules == ALL_LINEAR for one in configs.values())
-    left_out = _left_out(model, decoder) if broad else {}
+    skipped = left_out(model, decoder) if broad else {}
     targets: dict[str, nn.Module] = {}
     wanted: dict[str, dict[str, PLoRAConfig]] = {}
     for name, one in configs.items():
-        found = _targets(model, decoder, one, left_out)
+        found = _targets(model, decoder, one, skipped)
         targets |= found
         for path in found:
             wanted.setdefault(path, {})[name] = one.at(path)
@@ -82,7 +83,8 @@ def apply_plora(
     model.requires_grad_(False)
     for path, layer in wrapped.items():
         _put(model, path, layer)
-    DecoderScope(configs, trainable, left_out).attach(decoder)
+    inside = next(path for path, module in model.named_modules() if module is decoder)
+    DecoderScope(configs, trainable, skipped, inside).attach(decoder)
     take_masks(model)
     return model
 
@@ -102,16 +104,16 @@ def remove_plora(model: Model) -> Model:
     Raises:
         ValueError: The model has no PLoRA, or it was applied to another model around or inside it.
     """
-    decoder, scope = require_scope(model)
+    given, scope = require_scope(model)
     names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-    if not scope.trainable <= names:
+    if given is not model or not scope.trainable <= names:
         raise ValueError(
-            f"model: {type(model).__name__} is not the model that PLoRA was applied to, it has no "
-            f"{min(scope.trainable - names)!r}; pass that model"
+            f"model: {type(model).__name__} is not the model that PLoRA was applied to, but has "
+            f"its {scope.path or type(given).__name__!r} inside; pass that model"
         )
     for path, layer in plora_layers(model).items():
         _put(model, path, layer.base_layer)
-    scope.detach(decoder)
+    scope.detach(model.get_submodule(scope.path))
     give_methods_back(model)
     for name, parameter in model.named_parameters():
         if name in scope.trainable:
@@ -120,17 +122,31 @@ def remove_plora(model: Model) -> Model:
 
 
 def require_scope(model: nn.Module) -> tuple[nn.Module, DecoderScope]:
-    """The decoder of `model` that has PLoRA, with its scope.
+    """The model that PLoRA was applied to, which is `model` or inside of it, with its scope.
+
+    It is inside where `model` is a wrapper, such as those of torch.compile and data parallelism.
 
     Raises:
-        ValueError: The model has no PLoRA.
+        ValueError: The model has no PLoRA, or is only a part of one that has, or holds several.
     """
-    found = find_scope(model)
-    if found is None:
+    found = find_scopes(model)
+    if not found:
         raise ValueError(
             f"model: {type(model).__name__} has no PLoRA; call apply_plora(model, config) first"
         )
-    return found
+    if len(found) > 1:
+        raise ValueError(
+            f"model: expected one model that PLoRA was applied to, got a {type(model).__name__} of "
+            f"several, whose decoders are {sorted(found)}; pass one of them"
+        )
+    ((path, scope),) = found.items()
+    if f".{path}".endswith(f".{scope.path}") or not scope.path:
+        around = path.removesuffix(scope.path).removesuffix(".")
+        return model.get_submodule(around), scope
+    raise ValueError(
+        f"model: expected the model that PLoRA was applied to, of which the decoder is "
+        f"{scope.path!r}, got its part {type(model).__name__}; pass that model"
+    )
 
 
 def plora_layers(model: nn.Module) -> dict[str, PLoRALinear]:
@@ -143,49 +159,32 @@ def plora_layers(model: nn.Module) -> dict[str, PLoRALinear]:
 def unadapted_layers(model: nn.Module) -> dict[str, str]:
     """The linear layers inside the decoder that ``"all-linear"`` does not adapt, and why.
 
-    Some are known when PLoRA is applied: encoders of other modalities inside the decoder, and the
-    vocabulary head. Others show in the first masked pass, which then warns: layers that the model
-    does not call, because it reads their weight, and layers that do not see the sequence. Those
-    have A and B, which stay as they are; `PLoRAConfig.exclude_modules` spares them, as
-    ``DistributedDataParallel`` without ``find_unused_parameters`` asks for.
+    Some are known when PLoRA is applied: encoders of other modalities inside the decoder, the
+    vocabulary head, and `torch.nn.TransformerEncoderLayer`. Others show in the first masked pass,
+    which then warns: layers that the model does not call, because it reads their weight, and layers
+    that do not see the sequence. Those have A and B, which stay as they are;
+    `PLoRAConfig.exclude_modules` spares them, as ``DistributedDataParallel`` without
+    ``find_unused_parameters`` asks for.
 
     Args:
         model: A model with PLoRA.
 
     Returns:
-        Path in `model` -> reason.
+        Path in the model given to `apply_plora` -> reason.
 
     Raises:
         ValueError: The model has no PLoRA.
     """
-    _, scope = require_scope(model)
-    found = {path: layer.left_out for path, layer in plora_layers(model).items()}
+    given, scope = require_scope(model)
+    found = {path: layer.left_out for path, layer in plora_layers(given).items()}
     return scope.left_out | {path: reason for path, reason in found.items() if reason}
 
 
-def _left_out(model: nn.Module, decoder: nn.Module) -> dict[str, str]:
-    """Linear layers inside `decoder` that see something else than its sequence."""
-    others: dict[int, str] = {}
-    head = find_head(model)
-    if head is not None:
-        others[id(head)] = "it is the vocabulary head"
-    for module in decoder.modules():
-        reads = getattr(module, "main_input_name", "input_ids")  # of transformers' models
-        if module is not decoder and reads not in ("input_ids", "inputs_embeds"):
-            reason = f"it is inside a {type(module).__name__}, which reads {reads}"
-            others |= {id(part): reason for part in module.modules()}
-    inside = {id(module) for module in decoder.modules()}
-    return {
-        path: others[id(module)]
-        for path, module in model.named_modules(remove_duplicate=False)
-        if id(module) in others and id(module) in inside and linear_features(module) is not None
-    }
-
-
 def _targets(
-    model: nn.Module, decoder: nn.Module, config: PLoRAConfig, left_out: Mapping[str, str]
+    model: nn.Module, decoder: nn.Module, config: PLoRAConfig, skipped: Mapping[str, str]
 ) -> dict[str, nn.Module]:
     inside = {id(module) for module in decoder.modules()}
+    beyond = bypassed(decoder)
     names = None if config.target_modules == ALL_LINEAR else config.target_modules
     targets: dict[str, nn.Module] = {}
     used: set[str] = set()
@@ -203,7 +202,7 @@ def _targets(
         taken = is_linear if names is None else name is not None
         if name is not None:
             used.add(name)
-        if not taken or path in left_out or matches(path, config.exclude_modules):
+        if not taken or path in skipped or matches(path, config.exclude_modules):
             continue
         if not in_layers(path, config.layers_to_transform, config.layers_pattern):
             continue
@@ -211,6 +210,11 @@ def _targets(
             raise TypeError(
                 f"target_modules: expected linear layers, but {name!r} matches {path!r}, a "
                 f"{type(module).__name__}; name the linear layers inside it"
+            )
+        if id(module) in beyond:
+            raise ValueError(
+                f"target_modules: expected layers that the model calls, but {name!r} matches "
+                f"{path!r}: {beyond[id(module)]}; put it in exclude_modules"
             )
         if id(module) in first_path:
             raise ValueError(
