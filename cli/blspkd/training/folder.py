@@ -108,7 +108,7 @@ def check_same_run(folder: Path, config: TrainConfig, *, overfit: int) -> None:
     if not (folder / CONFIG_NAME).exists():
         return
     document = read_document(folder)
-    before = {**_flat(as_dict(from_dict(document["config"]))), "--overfit": 0}
+    before = _flat(as_dict(from_dict(document["config"])))
     before["--overfit"] = document.get("overfit", 0)
     now = {**_flat(as_dict(config)), "--overfit": overfit}
     free = set(MAY_CHANGE)
@@ -128,13 +128,18 @@ def check_same_run(folder: Path, config: TrainConfig, *, overfit: int) -> None:
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted names; tuples as the lists that YAML makes of them."""
+    """A nested mapping by dotted names; tuples as the lists that YAML makes of them.
+
+    What is empty is None, as a field that was not given.
+    """
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and value:
             flat.update(_flat(value, f"{above}{name}."))
         else:
-            flat[f"{above}{name}"] = list(value) if isinstance(value, tuple) else value or None
+            empty = isinstance(value, (dict, list, tuple)) and not value
+            whole = list(value) if isinstance(value, tuple) else value
+            flat[f"{above}{name}"] = None if empty else whole
     return flat
 
 
