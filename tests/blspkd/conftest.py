@@ -176,7 +176,7 @@ def _save_encoder(folder: Path) -> None:
         decoder_start_token_id=token("<|startoftranscript|>"),
         eos_token_id=token("<|endoftext|>"),
         pad_token_id=token("<|endoftext|>"),
-        max_length=32,
+        max_length=12,
         alignment_heads=[[0, 0], [0, 1]],
     )
     model.save_pretrained(folder)
