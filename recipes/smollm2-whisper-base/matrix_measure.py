@@ -12,7 +12,7 @@ import torch
 from matrix_more import measure_more
 from matrix_origin import origin
 from matrix_plan import Plan, RobustnessPlan, Row
-from matrix_shared import Listener, Shared, adapted_rows
+from matrix_shared import Listener, Shared, adapted_rows, made_with
 
 from blspkd.data.builtin import resolve_manifest
 from blspkd.data.manifest import Record, read_manifest
@@ -49,14 +49,7 @@ def measure_run(
     listener = Listener(model, processor, transcriber)
     how = plan.evaluate
     shared = Shared(
-        plan.results,
-        {
-            "encoder": model.config.encoder_fingerprint,
-            "language_model": model.config.language_model_fingerprint,
-            "dtype": config.model.dtype,
-            "prompt": model.config.prompt,
-            "max_new_tokens": how.max_new_tokens,
-        },
+        plan.results, made_with(listener, config.model.dtype, plan.evaluate.max_new_tokens)
     )
     options = {"max_new_tokens": how.max_new_tokens, "batch_size": how.batch_size}
     eval_config = EvalConfig(task=how.task, limit=how.limit, **options)
@@ -99,7 +92,7 @@ def measure_run(
             say(f"listening to more clips: {where}")
             known = {record.id for record in records[name]}
             result["more_clips"][name] = measure_more(
-                listener, Path(where), batch_size=how.batch_size, without=known
+                listener, shared, name, where, without=known, batch_size=how.batch_size
             )
     if row.robustness and seed == row.seeds[0] and how.robustness is not None:
         say("measuring robustness")

@@ -14,7 +14,7 @@ from typing import Any
 
 from blspkd.data.manifest import Record
 from blspkd.evaluation.answers import answer_from_text
-from blspkd.evaluation.cascade import Transcriber, as_written
+from blspkd.evaluation.cascade import FALLBACK, Transcriber, as_written
 from blspkd.evaluation.conditions import Condition, hear_clean, hear_under
 from blspkd.evaluation.evaluate import CLEAN
 from blspkd.evaluation.tasks import EvalConfig, Row, RowName, task_messages
@@ -66,6 +66,21 @@ class Listener:
     model: BlspKDForConditionalGeneration
     processor: BlspKDProcessor
     transcriber: Transcriber | None
+
+
+def made_with(listener: Listener, dtype: str, max_new_tokens: int) -> dict[str, Any]:
+    """What common answers depend on: parts, arithmetic, and how is listened and answered."""
+    config = listener.model.config
+    found = {
+        "encoder": config.encoder_fingerprint,
+        "language_model": config.language_model_fingerprint,
+        "dtype": dtype,
+        "prompt": config.prompt,
+        "max_new_tokens": max_new_tokens,
+    }
+    if listener.transcriber is not None:
+        found["cascade"] = {key: json.loads(json.dumps(how)) for key, how in FALLBACK.items()}
+    return found
 
 
 class Shared:
@@ -124,16 +139,38 @@ class Shared:
         rows: dict[RowName, Row] = {"text": Row(self._of(key, "answers", records), texts)}
         if listener.transcriber is None:
             return rows
-        key += f", {CLEAN if condition is None else condition.name}"
+        heard = self.heard(listener, name, records, condition)
+        key += f", {_sound(condition)}"
         if self._lacks(key, records):
-            hear = hear_clean if condition is None else hear_under(condition, records)
-            heard = listener.transcriber.transcribe(records, hear=hear)
             with model.untouched():
                 read = as_written(heard, records)
                 answers = answer_from_text(model, processor, read, messages, **options)
-            self._keep(key, records, {"answers": answers, "heard": heard})
-        rows["cascade"] = Row(self._of(key, "answers", records), self._of(key, "heard", records))
+            self._keep(key, records, {"answers": answers})
+        rows["cascade"] = Row(self._of(key, "answers", records), heard)
         return rows
+
+    def heard(
+        self,
+        listener: Listener,
+        name: str,
+        records: Sequence[Record],
+        condition: Condition | None = None,
+    ) -> list[str]:
+        """What Whisper hears of a set, whatever is then asked.
+
+        Args:
+            listener: Its recogniser, for what is not there yet.
+            name: The set's.
+            records: Its clips.
+            condition: What they go through before.
+        """
+        assert listener.transcriber is not None
+        key = f"{name}, {_sound(condition)}"
+        if self._lacks(key, records):
+            hear = hear_clean if condition is None else hear_under(condition, records)
+            found = listener.transcriber.transcribe(records, hear=hear)
+            self._keep(key, records, {"heard": found})
+        return self._of(key, "heard", records)
 
     def _lacks(self, key: str, records: Sequence[Record]) -> bool:
         known = set(self.entries.get(key, {}).get("ids", []))
@@ -147,6 +184,10 @@ class Shared:
         entry = self.entries[key]
         by_id = dict(zip(entry["ids"], entry[kind], strict=True))
         return [by_id[record.id] for record in records]
+
+
+def _sound(condition: Condition | None) -> str:
+    return CLEAN if condition is None else condition.name
 
 
 def adapted_rows(

@@ -1,5 +1,7 @@
 """Reading audio: what comes out, and one clear error for each fault."""
 
+import struct
+
 import numpy as np
 import pytest
 import soundfile
@@ -102,6 +104,30 @@ def test_a_wav_written_to_a_pipe_is_no_cut_off_file(tmp_path):
     data[40:44] = b"\xff\xff\xff\xff"  # the same of the data chunk
     path.write_bytes(data)
     assert load_audio(path).shape == (RATE,)
+
+
+def test_a_wav_with_a_wrong_file_size_is_as_long_as_its_samples(tmp_path):
+    path = tmp_path / "odd.wav"
+    soundfile.write(path, tone(1.0), RATE)
+    data = bytearray(path.read_bytes())
+    data[4:8] = struct.pack("<I", len(data))  # some programs count these eight bytes, too
+    path.write_bytes(data)
+    assert load_audio(path).shape == (RATE,)
+    path.write_bytes(data[:-100])
+    with pytest.raises(AudioError, match="it ends after 31900 of 32000 bytes of samples"):
+        load_audio(path)
+
+
+def test_a_flac_written_to_a_pipe_says_what_it_lacks(tmp_path):
+    path = tmp_path / "piped.flac"
+    soundfile.write(path, tone(1.0), RATE)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0  # the last 36 bits before the checksum: how many samples
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    for read in (probe_audio, load_audio):
+        with pytest.raises(AudioError, match=r"does not say how long it is\); convert it"):
+            read(path)
 
 
 def test_long_audio_is_loaded_whole_when_asked(tmp_path):

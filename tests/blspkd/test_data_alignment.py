@@ -86,6 +86,7 @@ def test_a_real_decoder_gives_one_end_per_token_in_the_clip(tiny_parts):
     assert ends.shape == (len(coded["input_ids"]),)
     assert (ends.diff() >= 0).all()
     assert 0 <= ends[0] <= ends[-1] <= 57
+    aligner.token_ends(torch.randn(57, width), text, [1], language="de-AT")
     with pytest.raises(ValueError, match="language 'xx'"):
         aligner.token_ends(torch.randn(57, width), text, [1], language="xx")
 

@@ -1,6 +1,7 @@
 """`prepare`: corpus layouts, and drops counted by reason."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -131,6 +132,17 @@ def test_audio_beside_text(tmp_path):
         ("ann-one", "this is ann"),
         ("bob-one", "this is bob"),
     ]
+
+
+def test_a_name_that_is_no_text_costs_that_clip_alone(tmp_path):
+    corpus = tmp_path / "corpus"
+    for name in (b"good", b"caf\xe9"):  # Latin-1, as an old archive has it
+        path = corpus / os.fsdecode(name)
+        write_clip(corpus / "new.wav").rename(path.with_suffix(".wav"))
+        path.with_suffix(".txt").write_text("hello")
+    summary = prepare(corpus, tmp_path / "out.jsonl")
+    assert (summary.kept, dict(summary.dropped)) == (1, {"file name": 1})
+    assert "caf\\udce9.wav" in summary.examples["file name"]
 
 
 def test_sources_that_are_no_corpus(tmp_path):

@@ -13,7 +13,7 @@ from blspkd.evaluation.answers import (
 from blspkd.evaluation.cascade import Transcriber
 from blspkd.model.decoding import Decoding
 from blspkd.model.loading import load_config, load_model
-from blspkd.model.processing import as_messages
+from blspkd.model.prompts import as_messages
 
 SHORT = Decoding(max_new_tokens=6)
 

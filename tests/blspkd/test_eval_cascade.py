@@ -1,11 +1,13 @@
 """The cascade: when Whisper listens again, and how its transcripts are written."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from blspkd.data.manifest import read_manifest
+from blspkd.evaluation import cascade
 from blspkd.evaluation.cascade import FALLBACK, Transcriber, as_written, style_of
 from blspkd.evaluation.evaluate import evaluate
 from blspkd.evaluation.tasks import EvalConfig
@@ -64,3 +66,23 @@ def test_whisper_listens_again_by_its_own_rule(whisper, records, monkeypatch):
     assert [{name: one[name] for name in FALLBACK} for one in asked] == [FALLBACK, FALLBACK]
     # transformers leaves out every rule whose threshold is None
     assert all(value is not None for value in FALLBACK.values())
+
+
+def test_a_clip_is_encoded_once_however_often_it_is_heard(whisper, records, monkeypatch):
+    encoder = whisper.model.get_encoder()
+    encoded = []
+    encode = type(encoder).forward
+    monkeypatch.setitem(FALLBACK, "logprob_threshold", 0.0)  # never sure enough: all temperatures
+
+    def count(self, *args, **kwargs):
+        encoded.append(1)
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(encoder), "forward", count)
+    once = whisper.transcribe(records[:2])
+    assert len(encoded) == 2
+    encoded.clear()
+    monkeypatch.setattr(cascade, "_encoding_once", lambda _: nullcontext())
+    assert whisper.transcribe(records[:2]) == once
+    assert len(encoded) >= 2 * len(FALLBACK["temperature"])
+    assert "forward" not in vars(encoder)

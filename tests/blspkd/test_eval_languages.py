@@ -15,12 +15,12 @@ def spoken(lang):
     return [Record(audio=Path("a.wav"), text="x", id="a", lang=lang)]
 
 
-@pytest.mark.parametrize("lang", [None, "en", "EN", "de", "German", "<|de|>"])
-def test_code_name_and_token_are_known(lang):
+@pytest.mark.parametrize("lang", [None, "en", "EN", "de", "German", "<|de|>", "en-US", "de_AT"])
+def test_code_name_token_and_region_are_known(lang):
     check_languages(spoken(lang), KNOWN)
 
 
-@pytest.mark.parametrize("lang", ["xx", "fr", "en-US", "klingon"])
+@pytest.mark.parametrize("lang", ["xx", "fr", "fr-CA", "klingon"])
 def test_an_unknown_language_is_named(lang):
     with pytest.raises(ValueError, match=rf"record 'a': lang: .*\(de, en\), got '{lang}'"):
         check_languages(spoken(lang), KNOWN)

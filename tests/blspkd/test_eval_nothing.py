@@ -10,7 +10,7 @@ from blspkd.evaluation.nothing import LEVELS, empty_clips, hear_nothing, hear_ou
 from blspkd.model.audio import is_silent
 from blspkd.model.decoding import Decoding
 from blspkd.model.loading import load_model
-from blspkd.model.processing import as_messages
+from blspkd.model.prompts import as_messages
 
 SHORT = Decoding(max_new_tokens=5)
 PROMPT = "Say: {speech}"

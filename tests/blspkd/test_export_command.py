@@ -100,7 +100,11 @@ def test_the_readme_names_the_parts_and_quotes_the_evaluation(
 def test_nothing_is_overwritten_and_nothing_left_half_written(export, tiny_model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    assert export(tiny_model, out)[0] == 0  # empty: it may be there
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    assert export(tiny_model, link)[0] == 0  # empty: it may be there
+    assert link.is_symlink()
+    link.unlink()
     code, said = export(tiny_model, out)
     assert code == 1
     assert "exists already" in said

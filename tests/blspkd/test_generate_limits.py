@@ -6,7 +6,7 @@ import torch
 from blspkd.evaluation.answers import answer_from_text
 from blspkd.model.decoding import Decoding
 from blspkd.model.loading import load_model
-from blspkd.model.processing import as_messages
+from blspkd.model.prompts import as_messages
 
 PROMPT = "Say: {speech}"
 

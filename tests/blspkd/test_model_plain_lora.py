@@ -15,7 +15,7 @@ from blspkd.model.configuration import BlspKDConfig
 from blspkd.model.decoding import Decoding
 from blspkd.model.loading import load_model
 from blspkd.model.objective import LossWeights, Objective
-from blspkd.model.processing import as_messages
+from blspkd.model.prompts import as_messages
 
 SHORT = Decoding(max_new_tokens=6)
 

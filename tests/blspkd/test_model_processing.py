@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from blspkd.model.bases import load_feature_extractor, load_tokenizer
-from blspkd.model.processing import BlspKDProcessor, as_messages
+from blspkd.model.processing import BlspKDProcessor
+from blspkd.model.prompts import as_messages
 from blspkd.model.splice import IGNORE_INDEX
 
 
@@ -40,6 +41,18 @@ def test_a_response_that_was_cut_off_has_no_end(processor):
         as_messages("{speech}"), "the sea", response="he", response_finished=False
     )
     assert turn.labels[-1] != processor.tokenizer.eos_token_id
+
+
+def test_an_answer_ends_as_the_chat_template_ends_it(processor, tiny_parts):
+    tokenizer = load_tokenizer(str(tiny_parts.language_model))
+    tokenizer.eos_token = "<|im_start|>"  # ends documents and no turns, as Gemma's <eos>
+    ended = BlspKDProcessor(processor.feature_extractor, tokenizer)
+    turn = ended.tokenize_turn(as_messages("{speech}"), "the sea", response="he")
+    assert _text(processor, turn.labels[-1:]) == "<|im_end|>"
+    tokenizer.chat_template = None
+    ended = BlspKDProcessor(processor.feature_extractor, tokenizer)
+    turn = ended.tokenize_turn(as_messages("{speech}"), "the sea", response="he")
+    assert _text(processor, turn.labels[-1:]) == "<|im_start|>"
 
 
 def test_the_prompt_is_the_same_whatever_is_said(processor):
@@ -140,6 +153,18 @@ def test_full_window_pads_to_thirty_seconds(processor, tiny_corpus):
     batch = processor([tiny_corpus.audio[0]], prompt="{speech}", full_window=True)
     assert batch["input_features"].shape[-1] == 3000
     assert batch["feature_attention_mask"].sum() == 60
+
+
+@pytest.mark.parametrize("level", [1e-9, 1e-3, 0.3])
+def test_full_window_is_padded_as_whisper_pads(processor, level):
+    # no frame of it is as quiet as silence is beside it
+    noise = np.random.default_rng(0).normal(0, level, 16_000).astype(np.float32)
+    ours = processor.pad_features([processor.features(noise)], full_window=True)
+    whole = processor.feature_extractor(noise, sampling_rate=16_000, return_tensors="pt")
+    after = slice(102, None)  # the last frames of the clip look into what follows
+    torch.testing.assert_close(
+        ours["input_features"][..., after], whole.input_features[..., after], rtol=0, atol=1e-4
+    )
 
 
 def test_one_of_messages_and_prompt(processor, tiny_corpus):

@@ -199,6 +199,11 @@ def test_all_rows_are_trained_measured_and_then_passed_over(command, plan_file, 
         "test, qa",
         "test, qa, clean",
         "unseen, continue, noise:0",
+        # what Whisper hears, whatever is asked
+        "unseen, clean",
+        "test, clean",
+        "more unseen, clean",
+        "unseen, noise:0",
     }
     text = shared["entries"]["unseen, continue"]["answers"]
     drifted = plain["sets"]["unseen"]

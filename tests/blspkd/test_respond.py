@@ -11,7 +11,8 @@ from blspkd.__main__ import main
 from blspkd.data.manifest import read_manifest, write_manifest
 from blspkd.data.respond import RespondConfig, answered, respond
 from blspkd.model.bases import load_feature_extractor, load_language_model, load_tokenizer
-from blspkd.model.processing import BlspKDProcessor, as_messages
+from blspkd.model.processing import BlspKDProcessor
+from blspkd.model.prompts import as_messages
 
 CONFIG = RespondConfig(prompt="Say: {speech}", max_new_tokens=6, batch_size=2)
 

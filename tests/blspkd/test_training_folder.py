@@ -3,6 +3,7 @@
 import pytest
 
 from blspkd.training.config_file import load_config
+from blspkd.training.folder import last_checkpoint
 from blspkd.training.run import train
 
 
@@ -44,6 +45,21 @@ def test_force_never_empties_a_folder_that_is_no_run(recipe, tmp_path):
     with pytest.raises(ValueError, match="no run's folder"):
         _run(recipe, f"output={other}", force=True)
     assert (other / "thesis.tex").exists()
+
+
+def test_a_start_that_failed_leaves_a_folder_that_can_be_started_in(recipe, tmp_path):
+    folder = tmp_path / "failed"
+    (folder / "data").mkdir(parents=True)  # the clips that come inside the package
+    result = _run(recipe, "answer_limit=0", "optim.max_steps=1", f"output={folder}")
+    assert (result.folder / "model.safetensors").exists()
+
+
+def test_the_last_checkpoint_is_the_one_with_the_highest_number(tmp_path):
+    for name in ("checkpoint-5", "checkpoint-10", "checkpoint-20-old", "checkpoint-30"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-30":  # which was not finished
+            (tmp_path / name / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_nothing_to_resume(recipe):

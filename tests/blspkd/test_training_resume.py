@@ -55,6 +55,47 @@ def test_interrupted_it_leaves_a_checkpoint_and_goes_on(recipe, number):
     assert (recipe.parent / "runs" / "recipe-2" / "model.safetensors").exists()
 
 
+def test_two_processes_stop_together_when_one_is_told(recipe):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["answer_limit=0", "data.eval={}", "optim.max_steps=5000", "optim.batch_size=1"]
+    folder = recipe.parent / "two"
+    with subprocess.Popen(
+        [*launch, "-m", "blspkd", "train", recipe.name, *options, f"output={folder}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=recipe.parent,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 2/"):
+                os.kill(_process_of_rank(1, process.pid), signal.SIGTERM)
+                break
+        try:
+            _, rest = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the one that waits, too
+            raise
+    assert rest.count("go on with: ") == 1, rest
+    [checkpoint] = folder.glob("checkpoint-*")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    assert f"checkpoint-{state['global_step']}" == checkpoint.name
+    assert not (folder / "model.safetensors").exists()
+
+
+def _process_of_rank(rank, launcher):
+    """Of torchrun's children, the one that has this rank."""
+    children = subprocess.run(
+        ["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    for child in children:
+        with open(f"/proc/{child}/environ", "rb") as file:
+            if f"RANK={rank}".encode() in file.read().split(b"\0"):
+                return int(child)
+    raise AssertionError(f"no process of rank {rank} among {children}")
+
+
 def test_a_run_interrupted_in_its_last_step_is_finished(recipe):
     # two steps an epoch: from within one, Trainer would go on to its end
     options = ["save_steps=5", "optim.max_steps=5"]

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from .options import DTYPES, device_option, torch_dtype, trust_option, warn_of_slow_type
+from .options import (
+    DTYPES,
+    device_option,
+    prompt_option,
+    torch_dtype,
+    trust_option,
+    warn_of_slow_type,
+)
 
 
 @click.command()
@@ -17,7 +24,7 @@ from .options import DTYPES, device_option, torch_dtype, trust_option, warn_of_s
 @click.option(
     "--encoder", required=True, help="Path or hub id of the Whisper model it will listen with."
 )
-@click.option("--prompt", help="What the user turn says around {speech}.")
+@prompt_option("The user turn, with {speech} where the speech goes.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=48, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
+from blspkd.data.languages import language_code
 from blspkd.model.bases import load_transcriber, resolve
 
 
@@ -77,7 +78,8 @@ class CrossAttentionAligner:
             encoded: (T, D), the encoder's outputs for one clip.
             transcript: what is said in it.
             char_ends: where each of N tokens ends, in characters of the stripped transcript.
-            language: code of the clip's language, for a multilingual model; English if not told.
+            language: of the clip, as manifests have it, for a multilingual model; English if not
+                told.
 
         Returns:
             (N,) float32, in encoder frames, never decreasing; the last is where speech ends.
@@ -97,7 +99,7 @@ class CrossAttentionAligner:
         settings: Any = self.model.generation_config
         start = [settings.decoder_start_token_id]
         if getattr(settings, "is_multilingual", False):
-            code = f"<|{language or 'en'}|>"
+            code = f"<|{language_code(language)}|>"
             if code not in settings.lang_to_id:
                 raise ValueError(f"the aligner's model does not know the language {language!r}")
             start += [settings.lang_to_id[code], settings.task_to_id["transcribe"]]

@@ -133,6 +133,10 @@ def check_clip(item: Record | Dropped, config: PrepareConfig) -> Record | Droppe
     if isinstance(item, Dropped):
         return item
     try:
+        f"{item.audio}{item.id}".encode()
+    except UnicodeEncodeError:
+        return Dropped("file name", f"{str(item.audio)!a}: its name is not UTF-8; rename it")
+    try:
         info = probe_audio(item.audio)
         waveform = load_audio(
             item.audio,

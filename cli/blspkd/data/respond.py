@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blspkd.model.decoding import Decoding
-from blspkd.model.processing import BlspKDProcessor
+from blspkd.model.decoding import Decoding, check_length
+from blspkd.model.processing import BlspKDProcessor, TokenizedTurn
 
 from .manifest import Record, format_record, parse_line, read_lines
 from .turns import record_messages
@@ -86,21 +86,30 @@ def respond(
 
     Returns:
         How many responses were written.
+
+    Raises:
+        ValueError: The language model does not read as many tokens as the longest conversation and
+            its response may have; nothing is written then.
     """
     done = {record.id for record in answered(out)}
     todo = [record for record in records if record.id not in done]
+    turns = [
+        processor.tokenize_turn(record_messages(record, config.prompt), record.text)
+        for record in todo
+    ]
+    longest = max((len(turn.input_ids) for turn in turns), default=0)
+    check_length(model.config, longest, config.max_new_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
     written = 0
     with out.open("a", encoding="utf-8") as file:
         for start in range(0, len(todo), config.batch_size):
-            part = todo[start : start + config.batch_size]
-            for record, (text, finished) in zip(
-                part, _answers(part, model, processor, config), strict=True
-            ):
+            part = slice(start, start + config.batch_size)
+            answers = _answers(turns[part], model, processor, config)
+            for record, (text, finished) in zip(todo[part], answers, strict=True):
                 complete = dataclasses.replace(record, response=text, response_finished=finished)
                 file.write(format_record(complete, folder=out.parent) + "\n")
             file.flush()
-            written += len(part)
+            written += len(turns[part])
             if progress is not None:
                 progress(written, len(todo))
     return written
@@ -108,16 +117,12 @@ def respond(
 
 @torch.no_grad()
 def _answers(
-    records: Sequence[Record],
+    turns: Sequence[TokenizedTurn],
     model: Any,
     processor: BlspKDProcessor,
     config: RespondConfig,
 ) -> Iterator[tuple[str, bool]]:
-    """Each record's response, and whether it came to its end."""
-    turns = [
-        processor.tokenize_turn(record_messages(record, config.prompt), record.text)
-        for record in records
-    ]
+    """Each turn's response, and whether it came to its end."""
     batch = processor.pad_turns(turns, padding_side="left")
     device = next(model.parameters()).device
     tokens: Tensor = model.generate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blspkd.model.processing import Messages, as_messages
+from blspkd.model.prompts import Messages, as_messages
 
 from .manifest import Record
 

@@ -14,7 +14,8 @@ import torch
 from blspkd.data.manifest import Record
 from blspkd.model.decoding import GREEDY, Decoding, check_length
 from blspkd.model.modeling import BlspKDForConditionalGeneration
-from blspkd.model.processing import BlspKDProcessor, Messages
+from blspkd.model.processing import BlspKDProcessor
+from blspkd.model.prompts import Messages
 
 from .conditions import Hear, hear_clean
 from .meters import nearest_tokens

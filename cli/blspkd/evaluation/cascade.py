@@ -6,13 +6,18 @@ like a guess is heard again at a higher temperature, and what looks like no spee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
+from blspkd.data.languages import language_code
 from blspkd.data.manifest import Record
 from blspkd.data.prepare import PrepareConfig
 from blspkd.model.audio import SAMPLING_RATE
@@ -104,9 +109,10 @@ class Transcriber:
             )
             options: dict[str, Any] = {}
             if multilingual:
-                options["language"] = [record.lang or "en"]
+                options["language"] = [language_code(record.lang)]
                 options["task"] = "transcribe"
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            draws = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            with draws, _encoding_once(self.model.get_encoder()):
                 torch.manual_seed(0)
                 tokens = self.model.generate(
                     inputs.input_features.to(device, self.model.dtype),
@@ -120,6 +126,25 @@ class Transcriber:
             if progress is not None:
                 progress(len(transcripts), len(records))
         return transcripts
+
+
+@contextmanager
+def _encoding_once(encoder: Any) -> Iterator[None]:
+    """Let a clip be encoded once: each decoding asks for it twice, the second for its no-speech."""
+    encode = encoder.forward
+    known: list[Any] = []
+
+    @functools.wraps(encode)
+    def remember(input_features: Tensor, **options: Any) -> Any:
+        if not known or not torch.equal(known[0], input_features):
+            known[:] = input_features, encode(input_features, **options)
+        return copy.copy(known[1])
+
+    encoder.forward = remember
+    try:
+        yield
+    finally:
+        del encoder.forward  # the class's own is below
 
 
 def style_of(texts: Sequence[str]) -> PrepareConfig:

@@ -12,8 +12,8 @@ from blspkd.data.manifest import Record
 from blspkd.model.audio import SAMPLING_RATE, is_silent, load_audio
 from blspkd.model.decoding import GREEDY, Decoding
 from blspkd.model.modeling import BlspKDForConditionalGeneration
-from blspkd.model.processing import BlspKDProcessor, Messages, as_messages
-from blspkd.model.prompts import check_prompt
+from blspkd.model.processing import BlspKDProcessor
+from blspkd.model.prompts import Messages, as_messages, check_prompt
 
 from .answers import answer_from_speech, nearest_embedding_transcripts
 

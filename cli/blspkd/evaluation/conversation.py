@@ -9,7 +9,8 @@ from torch import Tensor
 
 from blspkd.model.decoding import GREEDY, Decoding
 from blspkd.model.modeling import BlspKDForConditionalGeneration
-from blspkd.model.processing import PLACEHOLDER, BlspKDProcessor, Messages
+from blspkd.model.processing import BlspKDProcessor
+from blspkd.model.prompts import PLACEHOLDER, Messages
 
 from .clips import read_clips
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from transformers import GenerationConfig
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
+from blspkd.data.languages import language_code
 from blspkd.data.manifest import Record
 
 
@@ -24,9 +24,7 @@ def check_languages(records: Sequence[Record], generation_config: GenerationConf
         return
     known = getattr(generation_config, "lang_to_id", {})
     for record in records:
-        language = (record.lang or "en").lower()
-        code = TO_LANGUAGE_CODE.get(language, language)
-        if not {language, f"<|{code}|>"} & set(known):
+        if f"<|{language_code(record.lang)}|>" not in known:
             names = ", ".join(sorted(token.strip("<|>") for token in known))
             raise ValueError(
                 f"record {record.id!r}: lang: expected a language that the cascade's Whisper model "

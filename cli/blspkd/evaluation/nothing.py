@@ -27,7 +27,8 @@ from blspkd.data.manifest import Record
 from blspkd.model.audio import SAMPLING_RATE
 from blspkd.model.decoding import Decoding
 from blspkd.model.modeling import BlspKDForConditionalGeneration
-from blspkd.model.processing import BlspKDProcessor, as_messages
+from blspkd.model.processing import BlspKDProcessor
+from blspkd.model.prompts import as_messages
 
 from .answers import answer_from_speech, answer_from_text, nearest_embedding_transcripts
 from .cascade import Transcriber

@@ -11,8 +11,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from blspkd.data.manifest import Record
 from blspkd.data.turns import record_messages
 from blspkd.model.configuration import DEFAULT_PROMPT
-from blspkd.model.processing import PLACEHOLDER, Messages, as_messages
-from blspkd.model.prompts import check_prompt
+from blspkd.model.prompts import PLACEHOLDER, Messages, as_messages, check_prompt
 
 from . import metrics
 

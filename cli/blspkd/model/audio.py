@@ -31,6 +31,7 @@ AudioFault = Literal["missing", "empty", "corrupt", "not finite", "too short", "
 
 _BLOCK = 1 << 18  # frames read at a time: a header that promises too much costs no memory
 _STREAMED_SIZE = 0x7F000000  # writers to a pipe put sizes from here up into the header
+_UNKNOWN_FRAMES = (1 << 63) - 1  # what libsndfile says where the header does not
 # formats whose headers hold the exact length, so that fewer frames mean a cut-off file
 _EXACT_FORMATS = frozenset({"FLAC", "AIFF", "AU", "CAF", "W64", "RF64", "WAVEX"})
 
@@ -120,7 +121,7 @@ def load_audio(
     if container in _EXACT_FORMATS and decoded < info.frames:
         raise _corrupt(path, f"it ends after {decoded} of {info.frames} samples")
     if container == "WAV":
-        _check_riff_size(path)
+        _check_wav_size(path)
     if decoded == 0:
         raise AudioError(f"{path}: holds no samples; leave it out", reason="empty")
     mono = np.concatenate(blocks).mean(axis=1, dtype=np.float32)
@@ -200,20 +201,33 @@ def _open(path: Path) -> soundfile.SoundFile:
     if path.stat().st_size == 0:
         raise AudioError(f"{path}: the file is empty (0 bytes); leave it out", reason="empty")
     try:
-        return soundfile.SoundFile(path)
+        file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
         raise _corrupt(path, error.error_string) from error
     except TypeError as error:  # soundfile asks for a raw file's rate and channels
         raise _corrupt(path, "raw samples carry no sampling rate") from error
+    if file.frames == _UNKNOWN_FRAMES:  # a FLAC from a pipe, which libsndfile cannot play
+        file.close()
+        raise _corrupt(path, "its header does not say how long it is")
+    return file
 
 
-def _check_riff_size(path: Path) -> None:
-    # libsndfile plays a half-copied wav without a word, but its transcript is for all of it
+def _check_wav_size(path: Path) -> None:
+    # libsndfile plays a half-copied wav without a word, but its transcript is for all of it. The
+    # size of the chunk that holds the samples tells; that of the whole file is wrong in many.
+    present = path.stat().st_size
     with path.open("rb") as file:
-        tag, size = struct.unpack("<4sI", file.read(8))
-    present = path.stat().st_size - 8
-    if tag == b"RIFF" and present < size < _STREAMED_SIZE:
-        raise _corrupt(path, f"it ends after {present} of {size} bytes")
+        if file.read(4) != b"RIFF":
+            return
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", header)
+            if name == b"data":
+                here = present - file.tell()
+                if here < size < _STREAMED_SIZE:
+                    raise _corrupt(path, f"it ends after {here} of {size} bytes of samples")
+                return
+            file.seek(size + size % 2, os.SEEK_CUR)
 
 
 def _corrupt(path: Path, detail: str) -> AudioError:

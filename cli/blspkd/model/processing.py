@@ -5,6 +5,7 @@ Shapes: B batch, M mel bins, F mel frames, L text length.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,8 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio import MIN_DURATION, check_waveform, load_audio
+from .prompts import Messages, as_messages, end_of_answer, render
 from .splice import IGNORE_INDEX
-
-PLACEHOLDER = "{speech}"
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,6 @@ class TokenizedTurn:
     labels: list[int]
 
 
-def as_messages(prompt: str) -> Messages:
-    """A single user turn that says ``prompt``, which contains ``{speech}``."""
-    return [{"role": "user", "content": prompt}]
-
-
 class BlspKDProcessor(ProcessorMixin):
     """Whisper's feature extractor and the language model's tokenizer, joined.
 
@@ -57,6 +51,10 @@ class BlspKDProcessor(ProcessorMixin):
     def __init__(self, feature_extractor: Any, tokenizer: Any) -> None:
         super().__init__(feature_extractor, tokenizer)  # type: ignore[no-untyped-call]  # transformers
         self._pieces: dict[str, tuple[list[int], str, list[int]]] = {}
+
+    @functools.cached_property
+    def _end(self) -> int:
+        return end_of_answer(self.tokenizer)
 
     def features(self, audio: np.ndarray | str | Path) -> np.ndarray:
         """(M, F) float32 log-mel features of one clip, its own frames alone.
@@ -108,9 +106,8 @@ class BlspKDProcessor(ProcessorMixin):
         batch = torch.zeros(len(features), features[0].shape[0], frames)
         mask = torch.zeros(len(features), frames, dtype=torch.bool)
         for row, one in enumerate(features):
-            # Whisper saw silence in its padding, whose log-mel is the clip's floor
             if full_window:
-                batch[row] = float(one.min())
+                batch[row] = _silence_beside(one)
             batch[row, :, : one.shape[1]] = torch.from_numpy(one)
             mask[row, : one.shape[1]] = True
         return {"input_features": batch, "feature_attention_mask": mask}
@@ -142,7 +139,7 @@ class BlspKDProcessor(ProcessorMixin):
         if response is not None:
             answer = self._ids(response, literal=True)
             if response_finished:
-                answer = [*answer, self.tokenizer.eos_token_id]
+                answer = [*answer, self._end]
         prompt_length = len(before) + len(spoken) + len(after)
         return TokenizedTurn(
             input_ids=[*before, *spoken, *after, *answer],
@@ -264,34 +261,16 @@ class BlspKDProcessor(ProcessorMixin):
         """Ids before the utterance, what to put before the transcript, ids after it."""
         key = repr(messages)
         if key not in self._pieces:
-            before, after = self._render(messages)
+            before, after = render(self.tokenizer, messages)
             # a space belongs to the word after it, as tokenizers have it
             lead = " " if before.endswith(" ") else ""
             self._pieces[key] = (self._ids(before.removesuffix(" ")), lead, self._ids(after))
         return self._pieces[key]
 
-    def _render(self, messages: Messages) -> tuple[str, str]:
-        """The chat template's text before and after the utterance."""
-        marked = sum(message["content"].count(PLACEHOLDER) for message in messages)
-        if marked != 1:
-            raise ValueError(
-                f"the messages must contain {PLACEHOLDER} exactly once, found {marked} times: "
-                f"{messages!r}"
-            )
-        if self.tokenizer.chat_template is None:
-            if len(messages) > 1:
-                raise ValueError(
-                    "the tokenizer has no chat template, so there can be only one message, got "
-                    f"{len(messages)}"
-                )
-            text = (self.tokenizer.bos_token or "") + messages[0]["content"]
-        else:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        if text.count(PLACEHOLDER) != 1:
-            raise ValueError(
-                f"the chat template did not keep {PLACEHOLDER} as it is; its output was {text!r}"
-            )
-        before, after = text.split(PLACEHOLDER)
-        return before, after
+
+def _silence_beside(mel: np.ndarray) -> float:
+    """What Whisper's log-mel is where it pads a clip (M, F) with zeros: 80 dB below the peak.
+
+    And never below the least logarithm that it takes. It scales log10 as (x + 4) / 4.
+    """
+    return max(float(mel.max()) - 8 / 4, (-10 + 4) / 4)

@@ -36,7 +36,7 @@ def export_model(
     Raises:
         ValueError: if the destination holds something, or a weight does not fit ``dtype``.
     """
-    destination = Path(destination)
+    destination = Path(destination).resolve()  # a link stays one, and "." has a name
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination}: exists already; name a folder that does not")
     weights = load_file(Path(source) / WEIGHTS_NAME)

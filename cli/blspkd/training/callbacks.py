@@ -10,6 +10,8 @@ from types import FrameType
 from typing import Any
 
 import click
+import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -99,9 +101,10 @@ class StopOnInterrupt(TrainerCallback):
     """The first Ctrl-C or SIGTERM ends the run after the step in progress, with a checkpoint.
 
     A second one interrupts at once, as ever. Batch systems send SIGTERM when a job's time is up.
+    Of several processes all stop after the same step, whichever of them was told, and when.
 
     Attributes:
-        interrupted: whether it happened.
+        interrupted: whether it happened, to any process.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -125,6 +128,7 @@ class StopOnInterrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Save and stop, if asked to."""
+        self.interrupted = _by_any(self.interrupted, args.device)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
@@ -139,3 +143,13 @@ class StopOnInterrupt(TrainerCallback):
     def _listen_no_more(self) -> None:
         while self.previous:
             signal.signal(*self.previous.popitem())
+
+
+def _by_any(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is up in any process; each must ask, after the same step."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    # one alone would wait for ever in the next step's exchange of gradients
+    count = torch.tensor(int(flag), device=device)
+    dist.all_reduce(count)
+    return bool(count.item())

@@ -12,6 +12,22 @@ from blspkd.model.objective import LayerDistance
 from .windows import FractionSection, LossSection, TrainedSection
 
 
+def _at_least(section: Any, **least: float) -> None:
+    """Refuse numbers below their least; a field that is None has none."""
+    for name, bound in least.items():
+        value = getattr(section, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{name}: expected at least {bound:g}, got {value:g}")
+
+
+def _above_zero(section: Any, *names: str) -> None:
+    """Refuse numbers that are not above 0."""
+    for name in names:
+        value = getattr(section, name)
+        if not value > 0:
+            raise ValueError(f"{name}: expected more than 0, got {value:g}")
+
+
 @dataclass(frozen=True)
 class ModelSection:
     """What is trained on what; see :class:`blspkd.model.configuration.BlspKDConfig`.
@@ -59,6 +75,11 @@ class ModelSection:
     trust_remote_code: bool = False
     start_from: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        _above_zero(self, "token_scale")
+        _at_least(self, token_spelling=0, length_search=0, length_search_lm_weight=0)
+
 
 @dataclass(frozen=True)
 class DataSection:
@@ -90,7 +111,9 @@ class DataSection:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        """Refuse masks in frequency where there are no frequencies."""
+        """Refuse numbers out of range, and masks in frequency where there are no frequencies."""
+        _above_zero(self, "max_duration")
+        _at_least(self, max_text_tokens=1, limit=1, eval_limit=1)
         if self.cache_features and self.augment.masks.frequency:
             raise ValueError(
                 "augment.masks.frequency masks mel features, which are not there with "
@@ -137,7 +160,8 @@ class LossesSection:
     predicted_length: FractionSection = field(default_factory=FractionSection)
 
     def __post_init__(self) -> None:
-        """Refuse layers that are no layer; how many there are, the language model knows."""
+        """Refuse numbers out of range; how many layers there are, the language model knows."""
+        _above_zero(self, "temperature")
         if self.layer < 1:
             raise ValueError(f"layer must be 1 for the first layer, or more, got {self.layer}")
 
@@ -186,7 +210,11 @@ class OptimSection:
     average_with_start: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse shares of more than everything."""
+        """Refuse numbers out of range."""
+        rates = {"learning_rate": 0, "plora_learning_rate": 0, "encoder_learning_rate": 0}
+        _at_least(self, **rates, warmup_steps=0, weight_decay=0, max_grad_norm=0)
+        _at_least(self, max_steps=1, batch_size=1, gradient_accumulation=1)
+        _above_zero(self, "epochs")
         if not 0.0 <= self.average_with_start < 1.0:
             raise ValueError(
                 f"average_with_start must be at least 0 and below 1, got {self.average_with_start}"
@@ -233,7 +261,9 @@ class TrainConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse to average with weights that there are none of."""
+        """Refuse numbers out of range, and to average with weights that there are none of."""
+        _at_least(self, seed=0, log_steps=1, eval_steps=1, save_steps=1, keep_checkpoints=1)
+        _at_least(self, answer_limit=0, num_workers=0)
         if self.optim.average_with_start and self.model.start_from is None:
             raise ValueError(
                 "optim.average_with_start takes the weights of model.start_from, which is null: "

@@ -146,7 +146,10 @@ def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda path: int(path.name.split("-")[-1]), default=None)
+    steps = {path: path.name.removeprefix("checkpoint-") for path in found}
+    # others, such as checkpoint-5-old, are somebody's own
+    numbered = [path for path in found if steps[path].isdecimal()]
+    return max(numbered, key=lambda path: int(steps[path]), default=None)
 
 
 def write_config(folder: Path, config: TrainConfig, *, overfit: int = 0) -> None:
@@ -184,7 +187,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _is_occupied(folder: Path) -> bool:
-    return folder.exists() and any(folder.iterdir())
+    """Whether it holds anything but unpacked clips, which a start that failed leaves behind."""
+    return folder.exists() and any(path.name != DATA_NAME for path in folder.iterdir())
 
 
 def _commit() -> str | None:
