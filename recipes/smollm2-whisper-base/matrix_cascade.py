@@ -16,7 +16,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -97,7 +97,8 @@ def drop_cascade(run: dict[str, Any]) -> None:
 
 
 def _answers_to_text(former: dict[str, Any]) -> dict[str, Any]:
-    entries = {key: one for key, one in former["entries"].items() if "heard" not in one}
+    ends = tuple(f", {task}" for task in get_args(Task))
+    entries = {key: one for key, one in former["entries"].items() if key.endswith(ends)}
     return {"made_with": former["made_with"], "entries": entries}
 
 

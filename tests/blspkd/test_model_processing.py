@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from blspkd.model.bases import load_feature_extractor, load_tokenizer
+from blspkd.model.literal import literal_ids
 from blspkd.model.processing import BlspKDProcessor
 from blspkd.model.prompts import as_messages
 from blspkd.model.splice import IGNORE_INDEX
@@ -90,6 +93,45 @@ def test_a_model_without_chat_template_reads_the_bare_prompt(processor, monkeypa
     assert _text(processor, turn.input_ids) == "Say the sea again"
     with pytest.raises(ValueError, match="no chat template"):
         fresh.tokenize_turn([{"role": "system", "content": "x"}, *as_messages("{speech}")], "a")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "whole"),
+    [
+        ("Say {speech} again:", "Say the sea again: he"),
+        ("Say {speech}", "Say the sea he"),
+        ("Say {speech}\nAnswer:\n", "Say the sea\nAnswer:\nhe"),
+    ],
+)
+def test_without_chat_template_the_answer_goes_on_in_the_text(processor, tiny_parts, prompt, whole):
+    tokenizer = load_tokenizer(str(tiny_parts.language_model))
+    tokenizer.chat_template = None
+    bare = BlspKDProcessor(processor.feature_extractor, tokenizer)
+    turn = bare.tokenize_turn(as_messages(prompt), "the sea", response="he")
+    assert _text(processor, turn.input_ids) == f"{whole}<|im_end|>"
+    assert turn.input_ids[:-1] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_a_word_within_the_text_has_one_space_before_it(tmp_path):
+    """Llama's tokenizer begins every text with a space of its own."""
+    words = ["\u2581", "\u2581a", "\u2581say", "\u2581the", "\u2581sea", "say", "the", "<unk>"]
+    model = models.Unigram([(word, -1.0) for word in words], unk_id=7)
+    raw = Tokenizer(model)
+    space = "\u2581"
+    raw.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(space), normalizers.Replace(" ", space)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<unk>")
+
+    def read(ids):
+        return tokenizer.convert_ids_to_tokens(ids)
+
+    spaced = tokenizer("say the sea", add_special_tokens=False)["input_ids"]
+    assert read(tokenizer(" the", add_special_tokens=False)["input_ids"]) == [space, "\u2581the"]
+    ids, ends = literal_ids(tokenizer, "the sea", behind_a_word=True)
+    assert read(ids) == ["\u2581the", "\u2581sea"] == read(spaced[1:])
+    assert ends == [3, 7]
+    assert literal_ids(tokenizer, "", behind_a_word=True) == ([], [])
 
 
 def test_a_batch_for_forward_and_one_for_generate(processor, tiny_corpus):

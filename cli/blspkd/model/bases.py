@@ -43,7 +43,11 @@ def resolve(reference: str) -> str:
     if path.is_dir():
         return str(path)
     if looks_local:
-        raise ValueError(f"no model at {reference!r}: the folder does not exist")
+        raise ValueError(
+            f"no model at {reference!r}: the folder does not exist, seen from {Path.cwd()}; tell "
+            "where it is now, by --encoder or --language-model (in a recipe, model.encoder or "
+            "model.language_model)"
+        )
     return reference
 
 

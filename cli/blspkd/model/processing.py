@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from .audio import MIN_DURATION, check_waveform, load_audio
+from .literal import literal_ids
 from .prompts import Messages, as_messages, end_of_answer, render
 from .splice import IGNORE_INDEX
 
@@ -36,6 +37,23 @@ class TokenizedTurn:
     labels: list[int]
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """What stands around an utterance.
+
+    Attributes:
+        before: ids before it.
+        word_before: whether it follows a space.
+        after: ids behind it.
+        word_at_end: whether the answer goes on in the text, and so begins with a space.
+    """
+
+    before: list[int]
+    word_before: bool
+    after: list[int]
+    word_at_end: bool
+
+
 class BlspKDProcessor(ProcessorMixin):
     """Whisper's feature extractor and the language model's tokenizer, joined.
 
@@ -50,7 +68,7 @@ class BlspKDProcessor(ProcessorMixin):
 
     def __init__(self, feature_extractor: Any, tokenizer: Any) -> None:
         super().__init__(feature_extractor, tokenizer)  # type: ignore[no-untyped-call]  # transformers
-        self._pieces: dict[str, tuple[list[int], str, list[int]]] = {}
+        self._prompts: dict[str, _Prompt] = {}
 
     @functools.cached_property
     def _end(self) -> int:
@@ -129,17 +147,21 @@ class BlspKDProcessor(ProcessorMixin):
             response: the answer, when it is known.
             response_finished: the answer came to its end, so the end token is part of it.
         """
-        before, lead, after = self._prompt_pieces(messages)
+        prompt = self._prompt(messages)
         if transcript is None:
             spoken = [self.tokenizer.pad_token_id]
         else:
-            words = transcript.strip()
-            spoken = self._ids(lead + words, literal=True) if words else []
+            spoken, _ = literal_ids(
+                self.tokenizer, transcript.strip(), behind_a_word=prompt.word_before
+            )
         answer: list[int] = []
         if response is not None:
-            answer = self._ids(response, literal=True)
+            answer, _ = literal_ids(
+                self.tokenizer, response.strip(), behind_a_word=prompt.word_at_end
+            )
             if response_finished:
                 answer = [*answer, self._end]
+        before, after = prompt.before, prompt.after
         prompt_length = len(before) + len(spoken) + len(after)
         return TokenizedTurn(
             input_ids=[*before, *spoken, *after, *answer],
@@ -160,14 +182,8 @@ class BlspKDProcessor(ProcessorMixin):
                 f"{type(self.tokenizer).__name__} does not tell where its tokens end in a text; "
                 "alignment needs a fast tokenizer"
             )
-        _, lead, _ = self._prompt_pieces(messages)
-        encoded = self.tokenizer(
-            lead + transcript.strip(),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-        )
-        return [max(0, end - len(lead)) for _, end in encoded["offset_mapping"]]
+        word_before = self._prompt(messages).word_before
+        return literal_ids(self.tokenizer, transcript.strip(), behind_a_word=word_before)[1]
 
     def pad_turns(
         self, turns: Sequence[TokenizedTurn], *, padding_side: Literal["left", "right"] = "right"
@@ -249,23 +265,26 @@ class BlspKDProcessor(ProcessorMixin):
         texts: list[str] = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _ids(self, text: str, *, literal: bool = False) -> list[int]:
-        """Token ids; with ``literal``, text that looks like a special token is only text."""
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a part of the prompt, whose special tokens are such."""
         if not text:
             return []
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=literal)
-        ids: list[int] = encoded["input_ids"]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _prompt_pieces(self, messages: Messages) -> tuple[list[int], str, list[int]]:
-        """Ids before the utterance, what to put before the transcript, ids after it."""
+    def _prompt(self, messages: Messages) -> _Prompt:
         key = repr(messages)
-        if key not in self._pieces:
+        if key not in self._prompts:
             before, after = render(self.tokenizer, messages)
-            # a space belongs to the word after it, as tokenizers have it
-            lead = " " if before.endswith(" ") else ""
-            self._pieces[key] = (self._ids(before.removesuffix(" ")), lead, self._ids(after))
-        return self._pieces[key]
+            bare = self.tokenizer.chat_template is None
+            self._prompts[key] = _Prompt(
+                # a space belongs to the word after it, as tokenizers have it
+                before=self._ids(before.removesuffix(" ")),
+                word_before=before.endswith(" "),
+                after=self._ids(after),
+                word_at_end=bare and not after[-1:].isspace(),
+            )
+        return self._prompts[key]
 
 
 def _silence_beside(mel: np.ndarray) -> float:
