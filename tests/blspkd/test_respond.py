@@ -111,6 +111,23 @@ def test_the_source_is_never_overwritten(tiny_parts, tiny_corpus, tmp_path, caps
     assert manifest.read_bytes() == before
 
 
+def test_what_cannot_be_asked_costs_nothing_that_is_there(
+    tiny_parts, tiny_corpus, tmp_path, capsys
+):
+    out = tmp_path / "out.jsonl"
+    options = [tiny_corpus.manifest, out, "--force", "--limit", 2]
+    assert _command(tiny_parts, *options, "--max-new-tokens", 3) == 0
+    before = out.read_bytes()
+    assert _command(tiny_parts, *options, "--max-new-tokens", 100_000) == 1
+    assert "the language model reads" in capsys.readouterr().err
+    assert _command(tiny_parts, *options, "--prompt", "hello") == 2
+    assert "expected {speech} exactly once" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert _command(tiny_parts, *options, "--max-new-tokens", 4) == 0
+    assert len(read_manifest(out)) == 2
+    assert out.read_bytes() != before
+
+
 def test_a_shard_without_clips_is_named(tiny_parts, tiny_corpus, tmp_path, capsys):
     assert _command(tiny_parts, tiny_corpus.manifest, tmp_path / "o", "--shard", "8/9") == 1
     assert "--shard 8/9: expected a share of the clips" in capsys.readouterr().err

@@ -89,13 +89,11 @@ def command(
         language_model, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code
     )
     put(model, device)
-    if force:
-        out.unlink(missing_ok=True)
 
     def progress(done: int, total: int) -> None:
         click.echo(f"answered {done}/{total}", err=True)
 
-    written = respond(records, out, model, processor, config, progress=progress)
+    written = respond(records, out, model, processor, config, anew=force, progress=progress)
     if as_json:
         click.echo(json.dumps({"written": written, "records": len(records)}))
     else:

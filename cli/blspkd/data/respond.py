@@ -72,6 +72,7 @@ def respond(
     processor: BlspKDProcessor,
     config: RespondConfig,
     *,
+    anew: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Append each record, with the language model's response, to ``out``.
@@ -82,6 +83,7 @@ def respond(
         model: a causal LM.
         processor: its processor.
         config: how.
+        anew: write ``out`` from its beginning, whatever it holds.
         progress: told (clips done, clips to do).
 
     Returns:
@@ -91,7 +93,7 @@ def respond(
         ValueError: The language model does not read as many tokens as the longest conversation and
             its response may have; nothing is written then.
     """
-    done = {record.id for record in answered(out)}
+    done = set() if anew else {record.id for record in answered(out)}
     todo = [record for record in records if record.id not in done]
     turns = [
         processor.tokenize_turn(record_messages(record, config.prompt), record.text)
@@ -99,6 +101,8 @@ def respond(
     ]
     longest = max((len(turn.input_ids) for turn in turns), default=0)
     check_length(model.config, longest, config.max_new_tokens)
+    if anew:
+        out.unlink(missing_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     written = 0
     with out.open("a", encoding="utf-8") as file:
