@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, set_seed
 
-from blspkd.data.alignment import CrossAttentionAligner
-from blspkd.data.alignment_cache import AlignmentCache
 from blspkd.data.augment import Augmentation
 from blspkd.data.batches import ClipDataset, Collator
-from blspkd.data.features import FeatureCache
 from blspkd.data.manifest import Record
 from blspkd.model.modeling import BlspKDForConditionalGeneration
-from blspkd.model.processing import BlspKDProcessor
 
 from .arguments import check_trainer_fields, training_arguments
 from .averaging import average_with, check_averaging, trained_weights
-from .build import build_model, describe_parameters, make_processor, warn_of_slow_types
+from .build import Say, build_model, describe_parameters, make_processor, warn_of_slow_types
+from .caches import filled_alignments, filled_cache
 from .callbacks import ProgressLine, RunLog, StopOnInterrupt
-from .clips import Clips, describe_clips, read_clips
+from .clips import describe_clips, read_clips
 from .config import TrainConfig
 from .folder import (
     BEFORE_NAME,
@@ -42,8 +38,6 @@ from .folder import (
 from .held_out import HeldOut
 from .schedule import check_schedule
 from .trainer import BlspKDTrainer
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -108,12 +102,11 @@ def train(
     augmentation = Augmentation(config.data.augment, clips.train, seed=config.seed)
     cache = None
     if config.data.cache_features:
-        with process.main_process_first():
-            cache = _filled_cache(config, folder, model, processor, clips, augmentation, say)
+        cache = filled_cache(config, folder, model, processor, clips, augmentation, say)
     alignments = None
     if config.losses.alignment.weight > 0:
-        with process.main_process_first():
-            alignments = _filled_alignments(config, cache, processor, clips, say)
+        assert cache is not None  # refused above
+        alignments = filled_alignments(config, cache, processor, clips, say)
     collator = Collator(
         processor,
         full_window=config.model.full_window,
@@ -159,55 +152,6 @@ def train(
     if process.is_main_process:
         write_json(folder / SUMMARY_NAME, {"before": before, "after": after})
     return RunResult(folder, before, after, interrupted=False)
-
-
-def _filled_cache(
-    config: TrainConfig,
-    folder: Path,
-    model: BlspKDForConditionalGeneration,
-    processor: BlspKDProcessor,
-    clips: Clips,
-    augmentation: Augmentation,
-    say: Say,
-) -> FeatureCache:
-    """Encoder outputs of every clip of the run, and of the training clips' augmented copies."""
-    root = Path(config.data.cache_dir).expanduser() if config.data.cache_dir else folder / "cache"
-    cache = FeatureCache(root, model, processor, augmenter=augmentation.augmenter)
-
-    def progress(done: int, total: int) -> None:
-        if done == total or done % 512 < 16:
-            say(f"encoded {done}/{total} clips")
-
-    copies = 0 if augmentation.augmenter is None else config.data.augment.copies
-    cache.fill(clips.train, copies=copies, progress=progress)
-    held_out = [record for records in clips.held_out.values() for record in records]
-    cache.fill(held_out, progress=progress)
-    return cache
-
-
-def _filled_alignments(
-    config: TrainConfig,
-    cache: FeatureCache | None,
-    processor: BlspKDProcessor,
-    clips: Clips,
-    say: Say,
-) -> AlignmentCache:
-    """Where the tokens of every training clip, and of its augmented copies, end."""
-    assert cache is not None  # train() has refused this loss without
-    alignments = AlignmentCache(cache, processor, prompt=config.model.prompt)
-
-    def load_aligner() -> CrossAttentionAligner:
-        return CrossAttentionAligner.load(
-            config.model.encoder, dtype=torch.float32, device=cache.device
-        )
-
-    def progress(done: int, total: int) -> None:
-        if done == total or done % 512 == 0:
-            say(f"aligned {done}/{total} clips")
-
-    copies = 0 if cache.augmenter is None else config.data.augment.copies
-    alignments.fill(clips.train, load_aligner, copies=copies, progress=progress)
-    return alignments
 
 
 def _figures_before(
