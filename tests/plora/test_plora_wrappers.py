@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from plora import (
+    PLoRAConfig,
+    apply_plora,
     load_plora,
     load_plora_state_dict,
     plora_state_dict,
@@ -79,3 +82,40 @@ def test_a_container_of_two_is_not_saved_as_one(llama, randomised, tmp_path):
     both = nn.ModuleDict({"a": randomised(llama), "b": randomised(llama, r=2)})
     with pytest.raises(ValueError, match=r"whose decoders are \['a.model', 'b.model'\]"):
         save_plora(both, tmp_path)
+
+
+INNER = {
+    "regional compilation": lambda layer: torch.compile(layer, backend="eager"),
+    "checkpoint wrapper": checkpoint_wrapper,
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("wrap", sorted(INNER))
+def test_what_is_around_a_layer_inside_is_in_no_name(llama, tmp_path, wrap, when):
+    config = PLoRAConfig(r=2, target_modules=["q_proj", "down_proj"])
+    trainable = {name for name, one in llama.named_parameters() if one.requires_grad}
+    save_plora(apply_plora(copy.deepcopy(llama), config), tmp_path / "plain")
+    model = apply_plora(copy.deepcopy(llama), config) if when == "after" else copy.deepcopy(llama)
+    layers = model.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = INNER[wrap](layer)
+    if when == "before":
+        apply_plora(model, config)
+    assert any("_mod" in name for name, _ in model.named_parameters())
+    load_plora(model, tmp_path / "plain")
+    save_plora(model, tmp_path / "wrapped")
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "wrapped" / path.name).read_bytes(), path.name
+    remove_plora(model)
+    assert len(trainable) == sum(one.requires_grad for one in model.parameters())
+
+
+def test_flat_pieces_of_a_sharded_adapter_are_not_saved(llama, randomised, tmp_path):
+    model = randomised(llama)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.lora_A = nn.Parameter(layer.lora_A.detach().flatten()[:3])  # as FSDP1 and ZeRO-3 leave it
+    for refused in (plora_state_dict, lambda one: save_plora(one, tmp_path / "saved")):
+        with pytest.raises(ValueError, match="summon_full_params"):
+            refused(model)
+    assert not (tmp_path / "saved").exists()

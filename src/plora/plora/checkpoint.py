@@ -38,10 +38,12 @@ def plora_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model's. Of several modalities: ``...lora_A.<modality>.weight`` and so on.
 
     Raises:
-        ValueError: The model has no PLoRA.
+        ValueError: The model has no PLoRA, or this process holds flat pieces of A and B.
     """
     given, _ = require_scope(model)
-    return {name: parameter.detach() for name, parameter in parameters_of(given).items()}
+    parameters = parameters_of(given)
+    _check_whole(parameters)
+    return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 def load_plora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -91,10 +93,11 @@ def save_plora(model: nn.Module, directory: str | Path) -> None:
         directory: Created if need be; the files of an earlier save are replaced.
 
     Raises:
-        ValueError: The model has no PLoRA, or A and B are on the meta device.
+        ValueError: The model has no PLoRA, or A and B are on the meta device, or flat pieces.
     """
     model, scope = require_scope(model)
     _check_present(parameters_of(model))
+    _check_whole(parameters_of(model))
     folder = Path(directory)
     whole = {modality: _whole(parameters_of(model, modality)) for modality in scope.configs}
     sharded = any(hasattr(one, "full_tensor") for one in parameters_of(model).values())
@@ -169,6 +172,17 @@ def _check_present(parameters: Mapping[str, Tensor]) -> None:
                 f"model: expected A and B with values, got {name!r} on the meta device; load and "
                 "save before the model is offloaded (accelerate), or after "
                 "model.to_empty(device=...) and loading the base model"
+            )
+
+
+def _check_whole(parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        if name.endswith(".weight") and parameter.ndim != 2:  # a magnitude is flat anyhow
+            raise ValueError(
+                f"model: expected whole matrices A and B, got {name!r} of shape "
+                f"{tuple(parameter.shape)}, a piece of a sharded one; put them together around "
+                "this call: FullyShardedDataParallel.summon_full_params(model) or "
+                "deepspeed.zero.GatheredParameters(parameters)"
             )
 
 

@@ -108,7 +108,7 @@ class PLoRALinear(nn.Module):
             names.append("lora_magnitude_vector")
         found = {name: getattr(self, name) for name in names}
         return {
-            name: value if isinstance(value, nn.Parameter) else value[modality]
+            name: value[modality] if isinstance(value, nn.ParameterDict) else value
             for name, value in found.items()
         }
 

@@ -8,6 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+# What torch.compile, FSDP and checkpoint_wrapper call the module inside of them
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def unwrapped(path: str) -> str:
+    """`path` as it is without wrappers around modules of the model, such as regional compilation.
+
+    Args:
+        path: Of a module or parameter: ``layers.0._orig_mod.mlp`` is ``layers.0.mlp``.
+    """
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+
 
 def matches(path: str, names: str | Sequence[str]) -> str | None:
     """What of `names` takes `path`, or None.

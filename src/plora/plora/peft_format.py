@@ -11,6 +11,7 @@ from torch import nn
 from plora.bases import is_conv1d
 from plora.config import DEFAULT, PLoRAConfig
 from plora.layer import PLoRALinear
+from plora.names import unwrapped
 from plora.swap import plora_layers
 
 PREFIX = "base_model.model."
@@ -124,7 +125,7 @@ def _targets(model: nn.Module, adapted: set[str]) -> list[str]:
     short = {path.rpartition(".")[2] for path in adapted}
     found = {
         path
-        for path, _ in model.named_modules()
+        for path in (unwrapped(name) for name, _ in model.named_modules())
         if path.rpartition(".")[2] in short and ".base_layer." not in f"{path}."
     }
     return sorted(short if found == adapted else adapted)

@@ -14,7 +14,7 @@ from plora.config import ALL_LINEAR, DEFAULT, PLoRAConfig
 from plora.decoder import DecoderScope, find_decoder, find_scopes
 from plora.layer import PLoRALinear
 from plora.left_out import bypassed, left_out
-from plora.names import in_layers, matches
+from plora.names import in_layers, matches, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -79,7 +79,9 @@ def apply_plora(
     wrapped = {
         path: PLoRALinear(base, wanted[path], backend=backend) for path, base in targets.items()
     }
-    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    trainable = frozenset(
+        unwrapped(name) for name, p in model.named_parameters() if p.requires_grad
+    )
     model.requires_grad_(False)
     for path, layer in wrapped.items():
         _put(model, path, layer)
@@ -105,18 +107,19 @@ def remove_plora(model: Model) -> Model:
         ValueError: The model has no PLoRA, or it was applied to another model around or inside it.
     """
     given, scope = require_scope(model)
-    names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+    names = {unwrapped(name.replace(".base_layer.", ".")) for name, _ in model.named_parameters()}
     if given is not model or not scope.trainable <= names:
         raise ValueError(
             f"model: {type(model).__name__} is not the model that PLoRA was applied to, but has "
             f"its {scope.path or type(given).__name__!r} inside; pass that model"
         )
-    for path, layer in plora_layers(model).items():
+    layers = [(path, one) for path, one in model.named_modules() if isinstance(one, PLoRALinear)]
+    for path, layer in layers:
         _put(model, path, layer.base_layer)
     scope.detach(model.get_submodule(scope.path))
     give_methods_back(model)
     for name, parameter in model.named_parameters():
-        if name in scope.trainable:
+        if unwrapped(name) in scope.trainable:
             parameter.requires_grad_()
     return model
 
@@ -150,9 +153,11 @@ def require_scope(model: nn.Module) -> tuple[nn.Module, DecoderScope]:
 
 
 def plora_layers(model: nn.Module) -> dict[str, PLoRALinear]:
-    """The adapted layers of `model` by path, in the model's order."""
+    """The adapted layers of `model` by path, in the model's order; see `names.unwrapped`."""
     return {
-        path: module for path, module in model.named_modules() if isinstance(module, PLoRALinear)
+        unwrapped(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, PLoRALinear)
     }
 
 
